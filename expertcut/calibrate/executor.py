@@ -1,0 +1,243 @@
+"""The streaming executor: one decoder layer in memory at a time, every micro-batch through it.
+
+The model is built on the meta device and its layers are replaced by recorders. One cheap pass (embeddings, masks, rotary
+embeddings) captures what each layer is called with; then each layer is filled from the shards, run, and released. Memory:
+about one layer plus the hidden states. Each weight is read once.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from expertcut.calibrate import hf, observer
+from expertcut.calibrate.batches import Batch
+from expertcut.calibrate.reader import TensorReader
+from expertcut.checkpoint.types import Checkpoint
+from expertcut.errors import CheckpointError
+from expertcut.model import Geometry, MoeBlock
+
+
+@dataclass
+class Call:
+    """What a decoder layer is called with besides the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass
+class Prepared:
+    """A micro-batch ready to enter the first layer."""
+
+    batch: Batch
+    hidden: torch.Tensor
+    """(B, S, H) input of the first layer."""
+    calls: list[Call]
+    """One per layer."""
+
+
+class _Recorder(nn.Module):
+    """Stands in for a decoder layer: notes the call, passes the hidden states on (or hands out given ones)."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["_layer"] = layer
+        self.call: Call | None = None
+        self.entered: torch.Tensor | None = None
+        self.output: torch.Tensor | None = None
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self.entered, self.call = hidden_states, Call(args, kwargs)
+        return hidden_states if self.output is None else self.output
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_layer"], name)
+
+
+class LayerStream:
+    """A checkpoint's model, one decoder layer at a time."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, geometry: Geometry, *, device: torch.device, dtype: torch.dtype,
+        resident: bool = False,
+    ) -> None:  # fmt: skip
+        self.checkpoint, self.geometry, self.device, self.dtype, self.resident = (
+            checkpoint, geometry, device, dtype, resident,
+        )  # fmt: skip
+        if "quantization_config" in checkpoint.config:
+            raise CheckpointError(
+                f"{checkpoint.name}: quantised checkpoints cannot be run by this version",
+                "profile the unquantised sibling; its plan applies to this checkpoint too",
+            )
+        observer.register()
+        self.reader = TensorReader(checkpoint)
+        self.config = hf.load_config(checkpoint)
+        self.model = hf.build_model(self.config, dtype)
+        self.loader = hf.WeightLoader(self.model, self.reader, dtype, device)
+        self.prefix, layers = find_layers(self.model)
+        self._layers = list(layers)
+        self._recorders = [_Recorder(layer) for layer in self._layers]
+        for i, recorder in enumerate(self._recorders):
+            layers[i] = recorder
+        self._loaded: dict[int, nn.Module] = {}
+        self._pool = hf.Pool()
+        self._fill_on_first_use()
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def block(self, index: int) -> MoeBlock | None:
+        """Return the MoE block of a layer, None if the layer is dense."""
+        return next((b for b in self.geometry.trunk if b.layer == index), None)
+
+    @torch.inference_mode()
+    def prepare(self, batch: Batch, like: Prepared | None = None) -> Prepared:
+        """Embed a micro-batch and record what every layer is called with; arguments equal to `like`'s are shared.
+
+        Raises:
+            CheckpointError: the model's layers are not a plain sequence.
+        """
+        for recorder in self._recorders:
+            recorder.call = recorder.entered = recorder.output = None
+        self._forward(batch, logits_to_keep=1)
+        first = self._recorders[0].entered
+        if first is None or any(r.call is None or r.entered is not first for r in self._recorders):
+            raise CheckpointError(
+                f"{type(self.model).__name__}: its decoder layers are not a plain sequence, so that they cannot be streamed"
+            )
+        calls = [r.call for r in self._recorders if r.call is not None]
+        if like is not None:
+            calls = [_share(new, old) for new, old in zip(calls, like.calls, strict=True)]
+        for i, call in enumerate(calls[1:], 1):
+            calls[i] = _share(call, calls[i - 1])
+        return Prepared(batch, first, calls)
+
+    def load(self, index: int) -> nn.Module:
+        """Return a decoder layer with its weights."""
+        if index not in self._loaded:
+            layer = copy.deepcopy(self._layers[index])
+            self.loader.fill(layer, f"{self.prefix}.{index}", recurse=True, pool=self._pool)
+            self.reader.release(self._sources(index))
+            self._loaded[index] = _with_observed_experts(layer)
+        return self._loaded[index]
+
+    def read_ahead(self, index: int) -> None:
+        """Bring a layer's bytes into the page cache in the background; nothing happens past the last layer."""
+        if index < len(self) and index not in self._loaded:
+            self.reader.read_ahead(self._sources(index))
+
+    def release(self, index: int) -> None:
+        """Let go of a layer's weights, unless the stream is resident."""
+        if not self.resident:
+            self._pool.give(self._loaded.pop(index))
+
+    def close(self) -> None:
+        """Release everything."""
+        self._loaded.clear()
+        self._pool.clear()
+        self.reader.close()
+        gc.collect()
+
+    @torch.inference_mode()
+    def call(self, layer: nn.Module, hidden: torch.Tensor, call: Call) -> torch.Tensor:
+        """Run one layer: (B, S, H) → (B, S, H)."""
+        out = layer(hidden, *call.args, **call.kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+    @torch.inference_mode()
+    def logits(self, batch: Batch, hidden: torch.Tensor, chunk: int = 256) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Yield (positions, logits (B, chunk, V)) from the last layer's output, `chunk` positions at a time."""
+        self._recorders[-1].output = hidden
+        positions = hidden.shape[1]
+        for start in range(0, positions, chunk):
+            stop = min(start + chunk, positions)
+            keep = torch.arange(start, stop, device=self.device)
+            yield slice(start, stop), self._forward(batch, logits_to_keep=keep).logits
+        self._recorders[-1].output = None
+
+    def _forward(self, batch: Batch, logits_to_keep: int | torch.Tensor) -> Any:
+        mask = batch.mask
+        return self.model(
+            input_ids=batch.ids.to(self.device),
+            attention_mask=None if mask is None else mask.to(self.device),
+            use_cache=False,
+            logits_to_keep=logits_to_keep,
+        )
+
+    def _sources(self, index: int) -> list[str]:
+        return self.loader.sources(f"{self.prefix}.{index}")
+
+    def _fill_on_first_use(self) -> None:
+        """Load everything outside the decoder layers when it is first called; what is never called is never read."""
+        for name, module in self.model.named_modules():
+            if not isinstance(module, _Recorder) and (module._parameters or module._buffers):
+
+                def fill(module: nn.Module, args: Any, name: str = name) -> None:
+                    self.loader.fill(module, name, recurse=False)
+
+                module.register_forward_pre_hook(fill)
+
+
+def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Return name and list of the decoder layers: the module list that holds routed experts.
+
+    Raises:
+        CheckpointError: there is none, or several.
+    """
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and any(find_experts(layer) is not None for layer in module)
+    ]
+    if len(found) != 1:
+        raise CheckpointError(
+            f"{type(model).__name__}: found {len(found)} stacks of decoder layers with routed experts, expected 1"
+        )
+    return found[0]
+
+
+def find_experts(layer: nn.Module) -> str | None:
+    """Return the name of a layer's experts module (transformers' experts interface), None in a dense layer."""
+    return next((name for name, m in layer.named_modules() if hasattr(m, "has_gate") and hasattr(m, "_apply_gate")), None)
+
+
+def find_router(layer: nn.Module, router: str) -> nn.Module:
+    """Return the router module beside a layer's experts."""
+    experts = find_experts(layer)
+    assert experts is not None
+    return layer.get_submodule(experts.rpartition(".")[0]).get_submodule(router.rpartition(".")[2])
+
+
+def _with_observed_experts(layer: nn.Module) -> nn.Module:
+    experts = find_experts(layer)
+    if experts is not None:
+        module: Any = layer.get_submodule(experts)
+        module.config = copy.copy(module.config)
+        module.config._experts_implementation = observer.NAME
+    return layer
+
+
+def _share(new: Any, old: Any) -> Any:
+    """Return `old` where it equals `new`, so that equal masks and rotary embeddings are kept once."""
+    if new is old:
+        return old
+    if isinstance(new, Call) and isinstance(old, Call):
+        return Call(_share(new.args, old.args), _share(new.kwargs, old.kwargs))
+    if isinstance(new, torch.Tensor) and isinstance(old, torch.Tensor):
+        same = new.shape == old.shape and new.dtype == old.dtype and torch.equal(new, old)
+        return old if same else new
+    if isinstance(new, tuple) and isinstance(old, tuple) and len(new) == len(old):
+        return tuple(_share(n, o) for n, o in zip(new, old, strict=True))
+    if isinstance(new, dict) and isinstance(old, dict) and new.keys() == old.keys():
+        return {key: _share(new[key], old[key]) for key in new}
+    return new

@@ -1,0 +1,141 @@
+"""The observer: an experts implementation that computes what transformers' grouped one does, and watches it.
+
+It receives the router's real decisions, runs an expert on the tokens routed to it and on no other, and derives every
+statistic from one K×K Gram matrix per token. Ranks come from a hook on the router: routers with a correction bias
+choose by score + bias, weigh by score and return unsorted indices, so neither weight nor order is the rank.
+
+Shapes: T tokens, K top-k, S = T·K routed pairs sorted by expert, E experts, H hidden, I expert width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _grouped_linear
+
+from expertcut.calibrate.sums import BlockSums, Routed
+from expertcut.errors import CheckpointError
+from expertcut.model import Family
+
+NAME = "expertcut"
+"""Name under which the experts implementation is registered with transformers."""
+
+
+def register() -> None:
+    """Make the observing experts implementation known to transformers; harmless when repeated."""
+    ALL_EXPERTS_FUNCTIONS.register(NAME, observed_experts)
+
+
+def observed_experts(
+    experts: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """Grouped forward of all routed experts, (T, H) → (T, H), equal bit for bit to transformers' `grouped_mm`.
+
+    With an `Observer` attached to the module, its statistics are recorded on the way.
+    """
+    tokens, top_k = top_k_index.shape
+    ids_S, perm = torch.sort(top_k_index.reshape(-1))
+    counts = torch.bincount(ids_S, minlength=experts.num_experts)
+    offsets = counts.cumsum(0, dtype=torch.int32)
+    x = hidden_states[perm // top_k]
+    x = _project(experts, "gate_up_proj" if experts.has_gate else "up_proj", x, offsets, ids_S)
+    x = experts._apply_gate(x) if experts.has_gate else experts.act_fn(x)
+    observer: Observer | None = experts.__dict__.get("_expertcut_observer")
+    act_S = torch.linalg.vector_norm(x, ord=float("inf"), dim=-1) if observer is not None else None
+    x = _project(experts, "down_proj", x, offsets, ids_S)
+    if experts.has_post_expert_norm:
+        x = experts.post_expert_norm(x)
+    inverse = torch.empty_like(perm)
+    inverse[perm] = torch.arange(perm.numel(), device=perm.device)
+    plain_SH = x if observer is not None and observer.moments else None
+    weighted_TKH = (x * top_k_weights.reshape(-1)[perm].unsqueeze(-1))[inverse].view(tokens, top_k, -1)
+    if observer is not None and act_S is not None:
+        out = None if plain_SH is None else plain_SH[inverse].view(tokens, top_k, -1)
+        observer.record(top_k_index, top_k_weights, weighted_TKH, act_S[inverse].view(tokens, top_k), out)
+    return weighted_TKH.sum(dim=1).to(hidden_states.dtype)
+
+
+def _project(
+    experts: Any, name: str, x: torch.Tensor, offsets: torch.Tensor, ids_S: torch.Tensor
+) -> torch.Tensor:
+    bias = getattr(experts, f"{name}_bias")[ids_S] if experts.has_bias else None
+    return _grouped_linear(x, getattr(experts, name), offsets, bias, experts.is_transposed)
+
+
+class Observer:
+    """Watches one MoE block of a running model and keeps what a micro-batch showed until it is committed."""
+
+    def __init__(self, family: Family, sums: BlockSums, router: nn.Module, experts: nn.Module) -> None:
+        self.family, self.sums, self.moments = family, sums, sums.moments is not None
+        self._bias_name = (family.correction_bias or "").rpartition(".")[2]
+        self._choice_TE: torch.Tensor | None = None
+        self._entropy_T: torch.Tensor | None = None
+        self._pending: Routed | None = None
+        self.domain_T: torch.Tensor | None = None
+        """Domain of each token of the coming micro-batch, −1 for padding; set by the caller."""
+        self._experts = experts
+        experts.__dict__["_expertcut_observer"] = self
+        self._hook = router.register_forward_hook(self._on_router)
+
+    def _on_router(self, router: nn.Module, args: Any, output: Any) -> None:
+        logits = next(
+            (t for t in (output if isinstance(output, tuple) else (output,))
+             if isinstance(t, torch.Tensor) and t.shape[-1] == self.sums.e), None,
+        )  # fmt: skip
+        if logits is None:
+            raise CheckpointError(f"{type(router).__name__} returns no logits of {self.sums.e} experts; cannot observe it")
+        logits = logits.reshape(-1, self.sums.e).float()
+        sigmoid = self.family.scoring == "sigmoid"
+        choice = logits.sigmoid() if sigmoid else logits
+        bias = getattr(router, self._bias_name, None) if self._bias_name else None
+        self._choice_TE = choice if bias is None else choice + bias
+        p = choice / choice.sum(-1, keepdim=True) if sigmoid else logits.softmax(-1)
+        self._entropy_T = torch.special.entr(p).sum(-1)
+
+    def record(
+        self, index_TK: torch.Tensor, gate_TK: torch.Tensor, weighted_TKH: torch.Tensor, act_TK: torch.Tensor,
+        out_TKH: torch.Tensor | None,
+    ) -> None:  # fmt: skip
+        """Keep one micro-batch's observations; called by the experts implementation."""
+        assert self._choice_TE is not None and self._entropy_T is not None and self.domain_T is not None
+        order = self._choice_TE.gather(1, index_TK).argsort(dim=1, descending=True, stable=True)
+        gram = _gram(weighted_TKH)
+        k = order.shape[1]
+        gram = gram.gather(1, order[:, :, None].expand(-1, -1, k)).gather(2, order[:, None, :].expand(-1, k, -1))
+        if out_TKH is not None:
+            out_TKH = out_TKH.gather(1, order[:, :, None].expand_as(out_TKH))
+        routed = Routed(
+            index_TK.gather(1, order), gate_TK.gather(1, order).double(), gram.double(), act_TK.gather(1, order),
+            self._entropy_T, self.domain_T, out_TKH,
+        )  # fmt: skip
+        self._pending = routed
+
+    def commit(self) -> None:
+        """Add the pending observations to the sums, padding left out."""
+        routed, self._pending = self._pending, None
+        assert routed is not None, "commit without a forward pass"
+        valid = routed.domain_T >= 0
+        if not bool(valid.all()):
+            routed = Routed(*(None if v is None else v[valid] for v in vars(routed).values()))
+        self.sums.add(routed)
+
+    def discard(self) -> None:
+        """Forget the pending observations (the forward pass failed)."""
+        self._pending = None
+
+    def close(self) -> None:
+        """Detach from the model."""
+        self._hook.remove()
+        self._experts.__dict__.pop("_expertcut_observer", None)
+
+
+def _gram(weighted_TKH: torch.Tensor) -> torch.Tensor:
+    """(T, K, K) float32 inner products."""
+    if weighted_TKH.dtype in (torch.float32, torch.float64):
+        return torch.bmm(weighted_TKH, weighted_TKH.transpose(1, 2))
+    if weighted_TKH.is_cuda:
+        return torch.bmm(weighted_TKH, weighted_TKH.transpose(1, 2), out_dtype=torch.float32)
+    wide = weighted_TKH.float()
+    return torch.bmm(wide, wide.transpose(1, 2))

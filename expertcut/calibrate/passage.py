@@ -1,0 +1,91 @@
+"""All micro-batches on their way through the layers, for one or more tracks (the base model, models under a plan).
+
+When memory runs out, the micro-batch at hand is halved, and so is every later one that fails; nothing is counted twice,
+because an observer's findings are committed only after the layer has run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import nn
+
+from expertcut.calibrate.batches import Batch
+from expertcut.calibrate.executor import LayerStream, Prepared
+from expertcut.calibrate.observer import Observer
+from expertcut.calibrate.transfer import fetch, park
+from expertcut.errors import ExpertcutError
+
+Notify = Callable[[str], None]
+
+
+class Passage:
+    """Hidden states of every track and micro-batch."""
+
+    def __init__(self, stream: LayerStream, batches: Sequence[Batch], tracks: int, notify: Notify) -> None:
+        self.stream, self.notify = stream, notify
+        self.prepared: list[Prepared] = []
+        for batch in batches:
+            self.prepared.append(stream.prepare(batch, self.prepared[-1] if self.prepared else None))
+        self.hidden = [[park(p.hidden) for p in self.prepared] for _ in range(tracks)]
+        for prepared in self.prepared:
+            prepared.hidden = prepared.hidden[:0]
+
+    def step(self, index: int, layer: nn.Module, track: int = 0, observer: Observer | None = None) -> None:
+        """Take every micro-batch of a track through one layer."""
+        at = 0
+        while at < len(self.prepared):
+            done = self._guarded(at, observer, lambda at=at: self._run(index, layer, track, at, observer))
+            at += done
+
+    def logits(self, track: int) -> Iterator[tuple[Batch, slice, torch.Tensor]]:
+        """Yield (micro-batch, positions, logits) of a track that has passed all layers."""
+        for prepared, hidden in zip(self.prepared, self.hidden[track], strict=True):
+            for where, logits in self.stream.logits(prepared.batch, fetch(hidden, self.stream.device)):
+                yield prepared.batch, where, logits
+
+    def _run(self, index: int, layer: nn.Module, track: int, at: int, observer: Observer | None) -> None:
+        prepared = self.prepared[at]
+        if observer is not None:
+            observer.domain_T = prepared.batch.domain.flatten().to(self.stream.device)
+        hidden = fetch(self.hidden[track][at], self.stream.device)
+        out = self.stream.call(layer, hidden, prepared.calls[index])
+        if observer is not None:
+            observer.commit()
+        self.hidden[track][at] = park(out)
+
+    def _guarded(self, at: int, observer: Observer | None, run: Callable[[], None]) -> bool:
+        """Run; False if memory ran out and the micro-batch was halved instead."""
+        try:
+            run()
+            return True
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+        if observer is not None:
+            observer.discard()
+        if self.stream.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self._halve(at)
+        return False
+
+    def _halve(self, at: int) -> None:
+        batch = self.prepared[at].batch
+        if len(batch.rows) == 1:
+            raise ExpertcutError(
+                f"out of memory with a single sequence of {batch.ids.shape[1]} tokens", "pass a smaller --seq-len"
+            )
+        halves = batch.halves()
+        self.notify(f"out of memory: micro-batch of {len(batch.rows)} sequences halved")
+        cut = len(halves[0].rows)
+        self.prepared[at : at + 1] = [self.stream.prepare(half) for half in halves]
+        for prepared in self.prepared[at : at + 2]:
+            prepared.hidden = prepared.hidden[:0]
+        for hidden in self.hidden:
+            hidden[at : at + 1] = [hidden[at][:cut].clone(), hidden[at][cut:].clone()]
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """True if torch says that memory ran out, on a device or on the host."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

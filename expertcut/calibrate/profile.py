@@ -1,0 +1,371 @@
+"""The profile: sums of router statistics per MoE layer and domain, on disk as JSON plus safetensors. numpy only.
+
+Every number is a sum (or a maximum) over routed tokens, so profiles of disjoint data merge exactly by adding. E×E
+matrices are symmetric and stored as their lower half. Arrays are read when asked for, so that opening the profile of a
+256-expert model costs nothing.
+
+Shapes: D domains, P = D or 1 (pair matrices pooled), E experts, K top-k, H hidden.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from expertcut.errors import ProfileError, UsageError
+from expertcut.model.fingerprint import TOLERANCE, Fingerprint
+
+SCHEMA = "expertcut.profile/1"
+JSON, ARRAYS = "profile.json", "profile.safetensors"
+
+SUMS_E = ("gate_sum", "gate_sq_sum", "norm_sum", "norm_sq_sum", "gated_norm_sum", "gated_norm_sq_sum")
+MAXIMA_E = ("gated_norm_max", "act_max")
+SUMS_K = ("topk_error", "topk_cross", "topk_sq", "lost_mass")
+PAIRS = ("coact", "coenergy", "gram")
+MOMENTS = ("out_sum", "out_sq_sum_h")
+"""Optional (D, E, H): Σf and Σf² elementwise, for mean and variance of an expert's output."""
+
+
+class DataRecord(BaseModel):
+    """Where the tokens of a profile came from."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    fingerprint: str
+    tokens: dict[str, int]
+    """Tokens per domain, padding not counted."""
+    seq_len: int
+    packed: bool
+    seed: int
+    sources: list[dict[str, Any]]
+
+
+class BlockRecord(BaseModel):
+    """One profiled MoE block."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    prefix: str
+    layer: int
+
+
+class ProfileMeta(BaseModel):
+    """Content of `profile.json`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_: Literal["expertcut.profile/1"] = Field(alias="schema", default=SCHEMA)
+    source: str
+    fingerprint: Fingerprint
+    tokenizer: str
+    """sha256 of the tokenizer's file."""
+    data: list[DataRecord]
+    domains: list[str]
+    experts: int
+    top_k: int
+    blocks: list[BlockRecord]
+    pair_domains: bool
+    """True if the E×E matrices are stored per domain, False if pooled."""
+    moments: bool
+    dtype: str
+    """dtype of the forward pass."""
+    versions: dict[str, str]
+
+    def tokens(self) -> dict[str, int]:
+        """Tokens per domain over all data."""
+        return {d: sum(r.tokens.get(d, 0) for r in self.data) for d in self.domains}
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """Statistics of one MoE block, domains pooled; float64."""
+
+    prefix: str
+    layer: int
+    tokens: float
+    """Tokens that went through the router."""
+    count: np.ndarray
+    """(E,) N_e: tokens routed to expert e."""
+    gate_sum: np.ndarray
+    """(E,) Σ g."""
+    gate_sq_sum: np.ndarray
+    """(E,) Σ g²."""
+    norm_sum: np.ndarray
+    """(E,) Σ ‖f‖."""
+    norm_sq_sum: np.ndarray
+    """(E,) Σ ‖f‖²."""
+    gated_norm_sum: np.ndarray
+    """(E,) Σ g‖f‖."""
+    gated_norm_sq_sum: np.ndarray
+    """(E,) Σ (g‖f‖)²."""
+    gated_norm_max: np.ndarray
+    """(E,) max g‖f‖."""
+    act_max: np.ndarray
+    """(E,) largest |activation| entering the down projection."""
+    rank_count: np.ndarray
+    """(E, K) how often e was the r-th choice."""
+    rank_mass: np.ndarray
+    """(E, K) Σ g as the r-th choice."""
+    topk_error: np.ndarray
+    """(K,) Σ ‖y_k − y‖² for k = 1..K."""
+    topk_cross: np.ndarray
+    """(K,) Σ ⟨y_k, y⟩."""
+    topk_sq: np.ndarray
+    """(K,) Σ ‖y_k‖²."""
+    lost_mass: np.ndarray
+    """(K,) Σ over tokens of the share of gate weight beyond the first k."""
+    out_sq: float
+    """Σ ‖y‖²."""
+    entropy: float
+    """Σ of the router distribution's entropy, nats."""
+    pairs: Mapping[str, np.ndarray]
+    """`coact`, `coenergy`, `gram`: (E, E) each, read on access."""
+
+    @property
+    def coact(self) -> np.ndarray:
+        """(E, E) tokens routed to both; the diagonal is `count`."""
+        return self.pairs["coact"]
+
+    @property
+    def coenergy(self) -> np.ndarray:
+        """(E, E) Σ a_i a_j, a = g‖f‖."""
+        return self.pairs["coenergy"]
+
+    @property
+    def gram(self) -> np.ndarray:
+        """(E, E) Σ g_i g_j ⟨f_i, f_j⟩."""
+        return self.pairs["gram"]
+
+
+class Profile:
+    """A profile in memory or on disk; see the module's docstring for the arrays."""
+
+    def __init__(self, meta: ProfileMeta, arrays: Mapping[str, np.ndarray]) -> None:
+        self.meta = meta
+        self.arrays = arrays
+
+    @classmethod
+    def load(cls, directory: str | Path) -> Profile:
+        """Open a profile directory; arrays stay on disk until used.
+
+        Raises:
+            ProfileError: missing, damaged or of another schema.
+        """
+        directory = Path(directory)
+        try:
+            meta = ProfileMeta.model_validate_json((directory / JSON).read_bytes())
+            arrays = _LazyArrays(directory / ARRAYS)
+        except FileNotFoundError as error:
+            raise ProfileError(f"{directory}: no profile here ({Path(error.filename or '').name} is missing)",
+                               "expertcut profile MODEL -o " + str(directory)) from error  # fmt: skip
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "content"
+            raise ProfileError(f"{directory / JSON}: {where}: {first['msg']}") from error
+        except (SafetensorError, OSError) as error:
+            raise ProfileError(f"{directory / ARRAYS}: {error}") from error
+        profile = cls(meta, arrays)
+        profile._check(directory)
+        return profile
+
+    def save(self, directory: str | Path) -> None:
+        """Write both files, each replaced atomically."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        part = directory / f".{ARRAYS}.part"
+        save_file({k: np.ascontiguousarray(self.arrays[k]) for k in sorted(self.arrays)}, part)
+        os.replace(part, directory / ARRAYS)
+        part = directory / f".{JSON}.part"
+        part.write_text(self.meta.model_dump_json(indent=2, by_alias=True) + "\n", encoding="utf-8")
+        os.replace(part, directory / JSON)
+
+    @property
+    def prefixes(self) -> list[str]:
+        """Profiled MoE blocks, in layer order."""
+        return [block.prefix for block in self.meta.blocks]
+
+    def digest(self) -> str:
+        """Return a sha256 over the metadata (the data's and the model's fingerprints included) and token counts."""
+        text = hashlib.sha256(self.meta.model_dump_json(by_alias=True).encode())
+        for prefix in self.prefixes:
+            text.update(np.ascontiguousarray(self.arrays[f"{prefix}/count"]).tobytes())
+        return text.hexdigest()
+
+    def domain_weights(self, weights: Mapping[str, float] | None) -> np.ndarray:
+        """Return one factor per domain, (D,); absent domains count 0, None means 1 for all.
+
+        Raises:
+            UsageError: an unknown domain, a negative weight, or nothing left.
+        """
+        if weights is None:
+            return np.ones(len(self.meta.domains))
+        for name, weight in weights.items():
+            if name not in self.meta.domains:
+                raise UsageError(f"domain {name!r} is not in the profile; it has {', '.join(self.meta.domains)}")
+            if not weight >= 0:
+                raise UsageError(f"weight of domain {name!r} is {weight}, expected 0 or more")
+        factors = np.array([weights.get(d, 0.0) for d in self.meta.domains])
+        if not factors.any():
+            raise UsageError("all domain weights are 0")
+        return factors
+
+    def layer(self, prefix: str, weights: Mapping[str, float] | None = None) -> LayerStats:
+        """Pool one block's statistics over domains, each sum multiplied by its domain's weight.
+
+        Maxima are taken over domains of positive weight. Pair matrices that were stored pooled stay unweighted.
+
+        Raises:
+            ProfileError: the block was not profiled.
+        """
+        by_prefix = {block.prefix: block.layer for block in self.meta.blocks}
+        if prefix not in by_prefix:
+            raise ProfileError(f"{prefix} is not in the profile; it has {', '.join(by_prefix)}")
+        factors = self.domain_weights(weights)
+
+        def pooled(stat: str) -> np.ndarray:
+            return np.tensordot(factors, self.arrays[f"{prefix}/{stat}"].astype(np.float64), axes=1)
+
+        def largest(stat: str) -> np.ndarray:
+            values: np.ndarray = self.arrays[f"{prefix}/{stat}"][factors > 0].max(axis=0)
+            return values
+
+        return LayerStats(
+            prefix=prefix, layer=by_prefix[prefix], tokens=float(pooled("tokens")), count=pooled("count"),
+            **{stat: pooled(stat) for stat in SUMS_E}, **{stat: largest(stat) for stat in MAXIMA_E},
+            rank_count=pooled("rank_count"), rank_mass=pooled("rank_mass"),
+            **{stat: pooled(stat) for stat in SUMS_K}, out_sq=float(pooled("out_sq")), entropy=float(pooled("entropy")),
+            pairs=_Pairs(self, prefix, factors),
+        )  # fmt: skip
+
+    def _check(self, where: Path) -> None:
+        d, e, k = len(self.meta.domains), self.meta.experts, self.meta.top_k
+        p = d if self.meta.pair_domains else 1
+        shapes: dict[str, tuple[int, ...]] = {"tokens": (d,), "out_sq": (d,), "entropy": (d,)}
+        shapes |= dict.fromkeys(("count", *SUMS_E, *MAXIMA_E), (d, e))
+        shapes |= dict.fromkeys(("rank_count", "rank_mass"), (d, e, k)) | dict.fromkeys(SUMS_K, (d, k))
+        shapes |= dict.fromkeys(PAIRS, (p, e * (e + 1) // 2))
+        for prefix in self.prefixes:
+            for stat, shape in shapes.items():
+                name = f"{prefix}/{stat}"
+                if name not in self.arrays:
+                    raise ProfileError(f"{where / ARRAYS}: {name} is missing")
+                found = self.arrays.shape(name) if isinstance(self.arrays, _LazyArrays) else self.arrays[name].shape
+                if tuple(found) != shape:
+                    raise ProfileError(f"{where / ARRAYS}: {name} has shape {list(found)}, expected {list(shape)}")
+
+
+def merge(first: Profile, second: Profile) -> Profile:
+    """Return the profile of both profiles' data together; exact, in any order.
+
+    Raises:
+        ProfileError: other models, tokenizers or settings, or the same data twice.
+    """
+    a, b = first.meta, second.meta
+    _check_mergeable(a, b)
+    domains = [*a.domains, *(d for d in b.domains if d not in a.domains)]
+    moments = a.moments and b.moments
+    pair_domains = a.pair_domains and b.pair_domains
+    arrays = {}
+    for name in sorted(set(first.arrays) & set(second.arrays)):
+        stat = name.rpartition("/")[2]
+        pair = stat in PAIRS
+        if stat in MOMENTS and not moments:
+            continue
+        parts = []
+        for profile in (first, second):
+            values = profile.arrays[name]
+            if pair and not pair_domains:
+                parts.append(values.sum(axis=0, keepdims=True))
+            else:
+                parts.append(_spread(values, profile.meta.domains, domains))
+        arrays[name] = np.maximum(*parts) if stat in MAXIMA_E else parts[0] + parts[1]
+    meta = a.model_copy(
+        update={
+            "data": sorted([*a.data, *b.data], key=lambda r: r.fingerprint),
+            "domains": domains,
+            "moments": moments,
+            "pair_domains": pair_domains,
+        }
+    )
+    return Profile(meta, arrays)
+
+
+def _check_mergeable(a: ProfileMeta, b: ProfileMeta) -> None:
+    for what in ("tokenizer", "experts", "top_k", "blocks", "dtype"):
+        if getattr(a, what) != getattr(b, what):
+            raise ProfileError(f"the profiles cannot be merged: their {what} differs")
+    if a.fingerprint.geometry != b.fingerprint.geometry or any(
+        np.abs(np.subtract(a.fingerprint.sketch[p], b.fingerprint.sketch[p])).max() > TOLERANCE
+        for p in a.fingerprint.sketch
+    ):
+        raise ProfileError(f"the profiles cannot be merged: made from different models ({a.source}, {b.source})")
+    twice = {r.fingerprint for r in a.data} & {r.fingerprint for r in b.data}
+    if twice:
+        raise ProfileError(
+            f"the profiles cannot be merged: both hold the data {sorted(twice)[0][:12]}, which would count twice"
+        )
+
+
+def _spread(values: np.ndarray, own: list[str], domains: list[str]) -> np.ndarray:
+    """Place rows of `own` domains at their place among `domains`; the others are zero."""
+    out = np.zeros((len(domains), *values.shape[1:]), values.dtype)
+    out[[domains.index(d) for d in own]] = values
+    return out
+
+
+class _LazyArrays(Mapping[str, np.ndarray]):
+    """Arrays of a safetensors file, read on access."""
+
+    def __init__(self, path: Path) -> None:
+        if not path.exists():
+            raise FileNotFoundError(2, "missing", str(path))
+        self._file = safe_open(path, framework="np")
+        self._names = tuple(sorted(self._file.keys()))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of an array, from the header."""
+        return tuple(self._file.get_slice(name).get_shape())
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self._names:
+            raise KeyError(name)
+        array: np.ndarray = self._file.get_tensor(name)
+        return array
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+class _Pairs(Mapping[str, np.ndarray]):
+    """Full E×E matrices of one block, unpacked from their halves on access."""
+
+    def __init__(self, profile: Profile, prefix: str, factors: np.ndarray) -> None:
+        self._profile, self._prefix, self._factors = profile, prefix, factors
+
+    def __getitem__(self, stat: str) -> np.ndarray:
+        if stat not in PAIRS:
+            raise KeyError(stat)
+        halves = self._profile.arrays[f"{self._prefix}/{stat}"].astype(np.float64)
+        half = np.tensordot(self._factors, halves, axes=1) if self._profile.meta.pair_domains else halves[0]
+        e = self._profile.meta.experts
+        full = np.zeros((e, e))
+        full[np.tril_indices(e)] = half
+        return full + np.tril(full, -1).T
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(PAIRS)
+
+    def __len__(self) -> int:
+        return len(PAIRS)

@@ -1,0 +1,92 @@
+"""Checkpoint tensors as torch views on the page cache, with read-ahead. Nothing is copied until the caller does.
+
+Invariant: views are read-only by contract; the mapping is private to the process and never written.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+import warnings
+from collections.abc import Iterable
+
+import torch
+
+from expertcut.checkpoint.types import Checkpoint
+from expertcut.errors import CheckpointError
+
+DTYPES: dict[str, torch.dtype] = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
+    "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+
+
+class TensorReader:
+    """Memory-mapped access to a checkpoint's tensors."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self._maps: dict[str, mmap.mmap] = {}
+        self._ahead: threading.Thread | None = None
+
+    def view(self, name: str) -> torch.Tensor:
+        """Return a CPU tensor over the file's bytes.
+
+        Raises:
+            CheckpointError: a dtype that torch has no plain type for.
+        """
+        info = self.checkpoint.tensors[name]
+        if info.dtype not in DTYPES:
+            raise CheckpointError(f"{info.shard}: {name}: dtype {info.dtype} cannot be computed with")
+        dtype = DTYPES[info.dtype]
+        if not info.nbytes:
+            return torch.empty(info.shape, dtype=dtype)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The given buffer is not writable")
+            flat = torch.frombuffer(self._map(info.shard), dtype=torch.uint8, count=info.nbytes, offset=info.start)
+        if info.start % dtype.itemsize:
+            flat = flat.clone()
+        return flat.view(dtype).view(info.shape)
+
+    def read_ahead(self, names: Iterable[str]) -> None:
+        """Ask the kernel to bring these tensors into the page cache, in the background."""
+        ranges = self._ranges(names)
+        self._ahead = threading.Thread(target=self._advise, args=(ranges, mmap.MADV_WILLNEED), daemon=True)
+        self._ahead.start()
+
+    def release(self, names: Iterable[str]) -> None:
+        """Unmap these tensors' pages from the process (they stay in the page cache)."""
+        self._advise(self._ranges(names), mmap.MADV_DONTNEED)
+
+    def close(self) -> None:
+        """Wait for read-ahead. Mappings go away with their last view."""
+        if self._ahead is not None:
+            self._ahead.join()
+        self._maps.clear()
+
+    def _map(self, shard: str) -> mmap.mmap:
+        if shard not in self._maps:
+            with open(self.checkpoint.path / shard, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                if size != self.checkpoint.shards[shard]:
+                    raise CheckpointError(f"{shard}: {size} bytes, {self.checkpoint.shards[shard]} when it was opened")
+                self._maps[shard] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return self._maps[shard]
+
+    def _ranges(self, names: Iterable[str]) -> list[tuple[mmap.mmap, int, int]]:
+        """Page-aligned ranges of the tensors, neighbours merged: (map, start, length)."""
+        infos = sorted((self.checkpoint.tensors[n] for n in names), key=lambda t: (t.shard, t.start))
+        merged: list[tuple[str, int, int]] = []
+        for info in infos:
+            if merged and merged[-1][0] == info.shard and info.start <= merged[-1][2] + mmap.PAGESIZE:
+                merged[-1] = (info.shard, merged[-1][1], info.end)
+            elif info.nbytes:
+                merged.append((info.shard, info.start // mmap.PAGESIZE * mmap.PAGESIZE, info.end))
+        return [(self._map(shard), start, end - start) for shard, start, end in merged]
+
+    @staticmethod
+    def _advise(ranges: list[tuple[mmap.mmap, int, int]], advice: int) -> None:
+        for mapping, start, length in ranges:
+            mapping.madvise(advice, start, length)

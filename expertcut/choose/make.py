@@ -1,0 +1,179 @@
+"""Model, profile and options in; a validated plan out.
+
+Invariant: the same inputs give the same plan, byte for byte; nothing in it tells the time or the machine.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from pydantic import JsonValue
+
+from expertcut.checkpoint import read_array
+from expertcut.checkpoint.types import Checkpoint
+from expertcut.choose.budget import Budget, resolve_budget
+from expertcut.choose.criteria import Criterion, PatternStats, Scores, WeightStats, get_criterion, without_profile
+from expertcut.choose.plan import LayerPlan, Plan, Source, validate
+from expertcut.choose.protect import Protected, parse_protect, super_experts, union
+from expertcut.choose.select import select_experts
+from expertcut.errors import UsageError
+from expertcut.model import Geometry, MoeBlock, check_fingerprint, fingerprint
+
+if TYPE_CHECKING:
+    from expertcut.calibrate.profile import Profile
+
+
+def make_plan(
+    checkpoint: Checkpoint,
+    geometry: Geometry,
+    *,
+    strategy: str,
+    experts: int | None = None,
+    keep: float | None = None,
+    drop: int | None = None,
+    fit: int | None = None,
+    tp: int = 1,
+    fit_candidates: Sequence[int] | None = None,
+    top_k: int | None = None,
+    profile: Profile | None = None,
+    domain_weights: Mapping[str, float] | None = None,
+    protect: Sequence[str] = (),
+    protect_super: bool = False,
+    seed: int = 0,
+    command: str = "",
+) -> Plan:
+    """Choose the experts to keep, equally many in every layer and group.
+
+    Exactly one of `experts`, `keep` (fraction), `drop` and `fit` (bytes per device, of `tp` devices; the largest of
+    `fit_candidates` that fits, None: of all counts) is the budget; what it came to stands in the plan's provenance as
+    `budget`, with a note to print. `domain_weights` multiply each domain's sums, absent domains count 0.
+    `protect` takes `LAYER:ID[,ID…]` or `ID[,ID…]`; `protect_super` adds the super experts of the whole profile.
+
+    Raises:
+        UsageError: options out of range or that do not go together, an unknown strategy, domain, layer or expert.
+        PlanError: the profile is another model's, protection exceeds the budget, or the result cannot be served.
+        ProfileError: a layer was not profiled.
+    """
+    criterion = get_criterion(strategy)
+    _check_options(criterion, profile, domain_weights, protect_super, top_k)
+    budget = resolve_budget(
+        checkpoint, geometry, experts=experts, keep=keep, drop=drop, fit=fit, tp=tp, candidates=fit_candidates,
+        top_k=top_k,
+    )  # fmt: skip
+    named = parse_protect(protect, geometry)
+    if profile is not None:
+        check_fingerprint(profile.meta.fingerprint, checkpoint, geometry, what="profile")
+    supers = _super_experts(profile, geometry) if profile is not None and protect_super else {}
+    protected = union(named, supers)
+    layers = {}
+    for block in geometry.trunk:
+        scores_E = _scores(criterion, block, checkpoint, geometry, profile, domain_weights, seed)
+        kept = select_experts(
+            scores_E, budget.experts, n_group=geometry.n_group, protected=protected.get(block.prefix, ()),
+            layer=block.layer,
+        )  # fmt: skip
+        layers[block.prefix] = LayerPlan(layer=block.layer, kept=kept, top_k=None if top_k == geometry.top_k else top_k)
+    plan = Plan(
+        source=Source(name=_text(checkpoint.name), fingerprint=fingerprint(checkpoint, geometry)),
+        layers=layers,
+        provenance=_provenance(criterion, budget, named, supers, profile, domain_weights, seed, command),
+    )
+    validate(plan, geometry)
+    return plan
+
+
+def parse_domain_weights(text: str) -> dict[str, float]:
+    """Parse `name=weight,…`; whether the domains exist is the profile's to say.
+
+    Raises:
+        UsageError: not of that form, a name twice, or a weight that is negative or not finite.
+    """
+    weights: dict[str, float] = {}
+    for item in text.split(","):
+        name, equals, number = (part.strip() for part in item.rpartition("="))
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = math.nan
+        if not (name and equals and math.isfinite(weight) and weight >= 0):
+            raise UsageError(
+                f"domain weight {item.strip()!r}: expected NAME=WEIGHT, 0 or more", "for example code=2,math=1"
+            )
+        if name in weights:
+            raise UsageError(f"domain {name!r} has two weights, {weights[name]:g} and {weight:g}")
+        weights[name] = weight
+    return weights
+
+
+def _check_options(
+    criterion: Criterion,
+    profile: Profile | None,
+    domain_weights: Mapping[str, float] | None,
+    protect_super: bool,
+    top_k: int | None,
+) -> None:
+    if top_k is not None and top_k < 1:
+        raise UsageError(f"--top-k {top_k}: expected 1 or more")
+    if criterion.needs_profile and profile is None:
+        raise UsageError(
+            f"strategy {criterion.name} needs --profile; strategies that need none: {', '.join(without_profile())}",
+            "expertcut profile MODEL -o PROFILE",
+        )
+    if protect_super and profile is None:
+        raise UsageError("protecting super experts needs --profile", "expertcut profile MODEL -o PROFILE")
+    if domain_weights is not None and not criterion.needs_profile:
+        raise UsageError(f"domain weights have no effect on strategy {criterion.name}, which looks at no data")
+
+
+def _super_experts(profile: Profile, geometry: Geometry) -> Protected:
+    return super_experts({block.prefix: profile.layer(block.prefix).act_max for block in geometry.trunk})
+
+
+def _scores(
+    criterion: Criterion,
+    block: MoeBlock,
+    checkpoint: Checkpoint,
+    geometry: Geometry,
+    profile: Profile | None,
+    domain_weights: Mapping[str, float] | None,
+    seed: int,
+) -> Scores:
+    if criterion.needs_profile:
+        assert profile is not None
+        return criterion.score(profile.layer(block.prefix, domain_weights))
+    if criterion.needs_weights:
+        router_EH = read_array(checkpoint, block.router).astype(np.float64)
+        return criterion.score(WeightStats(router_norm=np.linalg.norm(router_EH, axis=1)))
+    return criterion.score(PatternStats(geometry.num_experts, block.layer, seed))
+
+
+def _provenance(
+    criterion: Criterion,
+    budget: Budget,
+    named: Protected,
+    supers: Protected,
+    profile: Profile | None,
+    domain_weights: Mapping[str, float] | None,
+    seed: int,
+    command: str,
+) -> dict[str, JsonValue]:
+    facts: dict[str, JsonValue] = {"criterion": criterion.name, "paper": criterion.paper, "seed": seed}
+    facts["budget"] = {"option": budget.option, "experts": budget.experts, "note": budget.note}
+    facts["protected"] = _ids(named)
+    facts["super_experts"] = _ids(supers)
+    facts["domain_weights"] = dict(domain_weights) if domain_weights is not None else None
+    facts["profile"] = profile.digest() if profile is not None else None
+    facts["command"] = _text(command)
+    return facts
+
+
+def _ids(protected: Protected) -> dict[str, JsonValue]:
+    return {prefix: list[JsonValue](sorted(ids)) for prefix, ids in protected.items()}
+
+
+def _text(argument: str) -> str:
+    """A command-line argument as valid Unicode: bytes that are not UTF-8 arrive as lone surrogates."""
+    return argument.encode("utf-8", "backslashreplace").decode()

@@ -1,0 +1,250 @@
+"""The plan: which experts of every MoE block are kept, and the top-k. A JSON file that says for which model it is.
+
+Invariant: what `validate` accepts, the rewriter can write and stock runtimes load: one expert count and one top-k for
+the whole model, equal numbers per group, and no token that asks for more experts than its groups hold.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, StrictInt, ValidationError
+
+from expertcut.checkpoint.jsonio import load_json, shown
+from expertcut.errors import CheckpointError, DestinationError, PlanError
+from expertcut.model import Fingerprint, Geometry
+
+SCHEMA: Literal["expertcut.plan/1"] = "expertcut.plan/1"
+_AGAIN = "make the plan again with `expertcut plan`"
+
+Natural = Annotated[StrictInt, Field(ge=0)]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class LayerPlan(_Record):
+    """What happens to one MoE block."""
+
+    layer: Natural
+    """Absolute layer number."""
+    kept: tuple[Natural, ...]
+    """Original ids, ascending and distinct."""
+    top_k: Annotated[StrictInt, Field(ge=1)] | None = None
+    """Experts activated per token; None: unchanged."""
+
+
+class Source(_Record):
+    """The model that a plan was made for."""
+
+    name: str
+    fingerprint: Fingerprint
+
+
+class Plan(_Record):
+    """Kept experts of every MoE block of the trunk, by prefix, in layer order.
+
+    Blocks of multi-token-prediction layers may be absent: they keep what the last layer of the trunk keeps.
+    """
+
+    schema_version: Literal["expertcut.plan/1"] = Field(default=SCHEMA, alias="schema")
+    source: Source
+    layers: Annotated[dict[str, LayerPlan], Field(min_length=1)]
+    groups: Literal["keep"] = "keep"
+    mtp: Literal["lockstep"] = "lockstep"
+    provenance: dict[str, JsonValue] = {}
+    """How the plan was made: criterion, budget, protection, profile, command."""
+
+    @property
+    def experts(self) -> int:
+        """Experts kept per block (of the first; `validate` has them all equal)."""
+        return len(next(iter(self.layers.values())).kept)
+
+    def top_k(self, geometry: Geometry) -> int:
+        """Return the experts activated per token under this plan."""
+        return next(iter(self.layers.values())).top_k or geometry.top_k
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a plan file. Whether it fits a model is for `validate` and `check_fingerprint` to say.
+
+        Raises:
+            PlanError: the file is missing, not JSON, of another schema, or has a wrong, missing or unknown field.
+        """
+        path = Path(path)
+        if not os.path.isfile(path):
+            raise PlanError(f"{path}: no such file", "make a plan with `expertcut plan`")
+        try:
+            data = load_json(path)
+        except CheckpointError as error:
+            raise PlanError(error.message, _AGAIN) from error
+        if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+            found = data.get("schema") if isinstance(data, dict) else type(data).__name__
+            raise PlanError(f"{path}: $.schema is {found!r}, expected {SCHEMA!r}", _AGAIN)
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise PlanError(f"{path}: {_first_error(error)}", _AGAIN) from error
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON, the kept ids of a layer on one line; replaces the file at once or not at all.
+
+        Raises:
+            DestinationError: the file cannot be written.
+        """
+        path = Path(path)
+        if os.path.isdir(path):
+            raise DestinationError(f"{path}: is a directory, expected a file name for the plan")
+        text = _pretty(self.model_dump(mode="json", by_alias=True, exclude_none=True)) + "\n"
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except OSError as error:
+            raise DestinationError(f"{path}: cannot be written: {error.strerror}") from error
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+
+
+def kept_by_block(plan: Plan, geometry: Geometry) -> dict[str, tuple[int, ...]]:
+    """Return the kept ids of every block of the geometry, multi-token-prediction blocks included.
+
+    Entries for multi-token-prediction blocks that the checkpoint lacks are ignored: quantised siblings often lack them.
+
+    Raises:
+        PlanError: the plan lacks a block of the trunk, or names a block or layer number that the model has not.
+    """
+    for prefix, entry in plan.layers.items():
+        block = geometry.blocks.get(prefix)
+        if block is None and entry.layer < geometry.num_layers:
+            raise PlanError(f"the plan names {shown(prefix)} (layer {entry.layer}), which the model lacks", _AGAIN)
+        if block is not None and block.layer != entry.layer:
+            raise PlanError(f"{prefix}: the plan says layer {entry.layer}, the model layer {block.layer}", _AGAIN)
+    for block in geometry.trunk:
+        if block.prefix not in plan.layers:
+            raise PlanError(f"the plan lacks {block.prefix} (layer {block.layer})", _AGAIN)
+    lockstep = plan.layers[geometry.trunk[-1].prefix]
+    return {prefix: plan.layers.get(prefix, lockstep).kept for prefix in geometry.blocks}
+
+
+def validate(plan: Plan, geometry: Geometry) -> None:
+    """Check that a plan can be carried out on a model of this geometry and leaves a model that runtimes load.
+
+    Raises:
+        PlanError: naming the layer, found against expected.
+    """
+    expected = plan.experts
+    for prefix, kept in kept_by_block(plan, geometry).items():
+        where = f"layer {geometry.blocks[prefix].layer}"
+        _check_ids(kept, where, geometry.num_experts)
+        if len(kept) != expected:
+            raise PlanError(
+                f"{where} keeps {len(kept)} experts, expected {expected} as in the first MoE layer; "
+                "counts must be equal over layers",
+                _AGAIN,
+            )
+        _check_groups(kept, where, geometry)
+        _check_top_k(plan, prefix, where, geometry)
+
+
+def min_experts(geometry: Geometry) -> int:
+    """Return the smallest expert count that the router can rank its groups with; 1 if it has no groups."""
+    if geometry.n_group == 1:
+        return 1
+    return geometry.n_group * min(geometry.family.group_best, geometry.num_experts // geometry.n_group)
+
+
+def reachable(geometry: Geometry, experts: int) -> int:
+    """Return how many of `experts` kept experts one token can use: those of its groups."""
+    return experts if geometry.n_group == 1 else geometry.topk_group * (experts // geometry.n_group)
+
+
+def experts_for(geometry: Geometry, top_k: int) -> int:
+    """Return the smallest group-equal expert count of which one token can use `top_k`; the inverse of `reachable`."""
+    return top_k if geometry.n_group == 1 else geometry.n_group * -(-top_k // geometry.topk_group)
+
+
+def _check_ids(kept: tuple[int, ...], where: str, experts: int) -> None:
+    if not kept:
+        raise PlanError(f"{where} keeps no experts", _AGAIN)
+    for before, after in zip(kept, kept[1:], strict=False):
+        if after <= before:
+            raise PlanError(f"{where}: kept ids must be ascending and distinct, but {after} follows {before}", _AGAIN)
+    if kept[-1] >= experts or kept[0] < 0:
+        wrong = kept[-1] if kept[-1] >= experts else kept[0]
+        raise PlanError(f"{where}: expert {wrong} is kept, but ids go from 0 to {experts - 1}", _AGAIN)
+
+
+def _check_groups(kept: tuple[int, ...], where: str, geometry: Geometry) -> None:
+    if geometry.n_group == 1:
+        return
+    size = geometry.num_experts // geometry.n_group
+    numbers = [sum(1 for e in kept if e // size == group) for group in range(geometry.n_group)]
+    if len(set(numbers)) > 1:
+        raise PlanError(
+            f"{where}: the groups keep {numbers} experts, expected equal numbers in all {geometry.n_group} groups",
+            _AGAIN,
+        )
+    least = min_experts(geometry)
+    if len(kept) < least:
+        raise PlanError(
+            f"{where}: {numbers[0]} expert kept per group, but the router ranks groups by their "
+            f"{geometry.family.group_best} best",
+            f"keep at least {least} experts",
+        )
+
+
+def _check_top_k(plan: Plan, prefix: str, where: str, geometry: Geometry) -> None:
+    expected = plan.top_k(geometry)
+    entry = plan.layers.get(prefix)
+    top_k = entry.top_k or geometry.top_k if entry else expected
+    if top_k != expected:
+        raise PlanError(
+            f"{where}: top_k={top_k}, expected {expected} as in the first MoE layer; top_k must be equal over layers",
+            _AGAIN,
+        )
+    usable = reachable(geometry, plan.experts)
+    if top_k > usable:
+        groups = f" in the {geometry.topk_group} of {geometry.n_group} groups that a token uses"
+        enough = experts_for(geometry, top_k)
+        raise PlanError(
+            f"top_k={top_k} exceeds the {usable} experts kept in {where}{groups if geometry.n_group > 1 else ''}",
+            (f"keep at least {enough} or " if enough <= geometry.num_experts else "") + f"pass --top-k {usable}",
+        )
+
+
+def _first_error(error: ValidationError) -> str:
+    """`$.layers["model.layers.3.mlp"].kept[2]: Input should be a valid integer, found 'x' (and 3 more)`."""
+    details = error.errors(include_url=False)
+    place = "$"
+    for step in details[0]["loc"]:
+        if isinstance(step, int):
+            place += f"[{step}]"
+        else:
+            place += f".{step}" if step.isidentifier() else f"[{json.dumps(step)}]"
+    found = "" if details[0]["type"] == "missing" else f", found {_short(details[0]['input'])}"
+    more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
+    return f"{place}: {details[0]['msg']}{found}{more}"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else text[:37] + "…"
+
+
+def _pretty(value: Any, indent: str = "") -> str:
+    """JSON with one line per member of an object and lists on one line."""
+    if not isinstance(value, dict) or not value:
+        return json.dumps(value, ensure_ascii=False)
+    deeper = indent + "  "
+    members = (f"{deeper}{json.dumps(k, ensure_ascii=False)}: {_pretty(v, deeper)}" for k, v in value.items())
+    return "{\n" + ",\n".join(members) + f"\n{indent}}}"

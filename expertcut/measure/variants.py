@@ -1,0 +1,67 @@
+"""A model under a plan, riding on the base model's layers in the streaming executor.
+
+A variant is built from the config that the plan would write and shares the base layer's tensors. It differs in two
+things: its router's rows are those of the kept experts, and its experts are the base's, called by their original numbers.
+So one read of the weights serves the base and any number of plans.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+from expertcut.calibrate import hf
+from expertcut.calibrate.executor import LayerStream, find_experts, find_layers
+from expertcut.choose.plan import Plan, kept_by_block
+
+
+class _Renumbered(nn.Module):
+    """The base's experts, called with numbers 0..E'-1 of a plan's kept experts."""
+
+    def __init__(self, experts: nn.Module, kept: torch.Tensor) -> None:
+        super().__init__()
+        self.__dict__["_experts"], self.kept = experts, kept
+
+    def forward(self, hidden: torch.Tensor, index: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.__dict__["_experts"](hidden, self.kept[index], gates)
+        return out
+
+
+class Variant:
+    """The model under a plan, sharing the base's weights."""
+
+    def __init__(self, stream: LayerStream, plan: Plan) -> None:
+        geometry = stream.geometry
+        kept = kept_by_block(plan, geometry)
+        self.kept = {block.layer: kept[block.prefix] for block in geometry.trunk}
+        raw = copy.deepcopy(stream.checkpoint.config)
+        for edit in geometry.config_edits(raw, plan.experts, plan.top_k(geometry)):
+            scope = raw
+            for key in edit.path[:-1]:
+                scope = scope[key]
+            scope[edit.path[-1]] = edit.new
+        self._layers = find_layers(hf.build_model(type(stream.config).from_dict(raw), stream.dtype))[1]
+
+    def layer(self, index: int, base: nn.Module) -> nn.Module:
+        """Return the layer of this variant; valid as long as the base's layer is."""
+        layer = copy.deepcopy(self._layers[index])
+        experts = find_experts(base)
+        if experts is not None:
+            kept = torch.tensor(self.kept[index], device=next(base.parameters()).device)
+            parent, _, leaf = experts.rpartition(".")
+            setattr(layer.get_submodule(parent), leaf, _Renumbered(base.get_submodule(experts), kept))
+        for name, tensor in (*base.named_parameters(), *base.named_buffers()):
+            path, _, leaf = name.rpartition(".")
+            if experts is not None and name.startswith(experts + "."):
+                continue
+            owner = layer.get_submodule(path)
+            store = owner._parameters if leaf in owner._parameters else owner._buffers
+            mine = store[leaf]
+            assert mine is not None
+            if mine.shape != tensor.shape:
+                axis = next(a for a in range(tensor.dim()) if mine.shape[a] != tensor.shape[a])
+                tensor = nn.Parameter(tensor.index_select(axis, kept), requires_grad=False)
+            store[leaf] = tensor  # type: ignore[assignment]
+        return layer

