@@ -7,14 +7,17 @@ say() { printf '%s\n' "$*" >&2; }
 
 # Prints the first usable Python. The default one comes first: pip's configuration is usually made for it.
 find_python() {
-    local candidate
-    for candidate in ${PYTHON:-python3 python python3.13 python3.12 python3.11}; do
+    local candidate candidates=(python3 python python3.13 python3.12 python3.11)
+    if [[ -n ${PYTHON:-} ]]; then
+        candidates=("$PYTHON")
+    fi
+    for candidate in "${candidates[@]}"; do
         if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; then
             printf '%s\n' "$candidate"
             return
         fi
     done
-    say "error: no Python 3.11, 3.12 or 3.13 found; looked for: ${PYTHON:-python3 python python3.13 python3.12 python3.11}"
+    say "error: no Python 3.11, 3.12 or 3.13 found; looked for: ${candidates[*]}"
     say "hint: install one of them, or name it: PYTHON=/path/to/python3.12 $0"
     return 1
 }

@@ -118,7 +118,7 @@ def load_calibration(
 def _split_names(sources: Listed[str | Path]) -> list[str | Path]:
     names: list[str | Path] = []
     for source in sources:
-        whole = isinstance(source, Path) or Path(source).exists()
+        whole = isinstance(source, Path) or Path(source).is_file()
         names += [source] if whole else [part.strip() for part in str(source).split(",") if part.strip()]
     if not names:
         raise UsageError("no calibration source given", hint="pass --calibration builtin")

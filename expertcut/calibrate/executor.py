@@ -152,7 +152,8 @@ class LayerStream:
     def call(self, layer: nn.Module, hidden: torch.Tensor, call: Call) -> torch.Tensor:
         """Run one layer: (B, S, H) → (B, S, H)."""
         out = layer(hidden, *call.args, **call.kwargs)
-        return out[0] if isinstance(out, tuple) else out
+        result: torch.Tensor = out[0] if isinstance(out, tuple) else out
+        return result
 
     @torch.inference_mode()
     def logits(self, batch: Batch, hidden: torch.Tensor, chunk: int = 256) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -208,7 +209,9 @@ def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 def find_experts(layer: nn.Module) -> str | None:
     """Return the name of a layer's experts module (transformers' experts interface), None in a dense layer."""
-    return next((name for name, m in layer.named_modules() if hasattr(m, "has_gate") and hasattr(m, "_apply_gate")), None)
+    return next(
+        (name for name, m in layer.named_modules() if hasattr(m, "has_gate") and hasattr(m, "_apply_gate")), None
+    )
 
 
 def find_router(layer: nn.Module, router: str) -> nn.Module:

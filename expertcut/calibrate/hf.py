@@ -11,7 +11,7 @@ import copy
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -78,7 +78,7 @@ def build_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel
             if model_class is not None:
                 model = model_class._from_config(config, dtype=dtype)
             else:
-                model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+                model = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
     except (ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"transformers cannot build {name or config.model_type}: {_line(error)}") from error
     return model.eval()  # type: ignore[no-any-return]
@@ -99,14 +99,14 @@ class _Group:
 class WeightLoader:
     """Fills modules of a meta model with the checkpoint's weights."""
 
-    def __init__(
-        self, model: PreTrainedModel, reader: TensorReader, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, reader: TensorReader, dtype: torch.dtype, device: torch.device) -> None:
         self.model, self.reader, self.dtype, self.device = model, reader, dtype, device
-        self._meta = model.state_dict()
+        self._meta: dict[str, torch.Tensor] = model.state_dict()
         self._tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", {})
         plan = model._get_dtype_plan(dtype)
-        self._dtype_plan = [(re.compile(pattern.replace("*", ".*")), to) for pattern, to in plan.items()]
+        self._dtype_plan: list[tuple[re.Pattern[str], torch.dtype]] = [
+            (re.compile(pattern.replace("*", ".*")), to) for pattern, to in plan.items()
+        ]
         self._groups = self._map_names(reader.checkpoint.tensors)
         self._shared: dict[str, nn.Parameter] = {}
 
@@ -162,7 +162,7 @@ class WeightLoader:
         converter = copy.deepcopy(group.converter)
         for pattern, names in group.sources.items():
             for name in names:
-                converter.add_tensor(target, name, pattern, self.reader.view(name))
+                converter.add_tensor(target, name, pattern, cast(Any, self.reader.view(name)))
         for name, value in converter.convert(target, model=self.model, config=self.model.config).items():
             tensor = value[0] if isinstance(value, list) else value
             self._check_shape(name, tensor.shape)
@@ -222,7 +222,7 @@ class WeightLoader:
                 for name, buffer in empty.items():
                     owner._buffers[name] = torch.empty_like(buffer, device=self.device)
                 with torch.device(self.device):
-                    self.model._init_weights(owner)
+                    self.model._init_weights(owner)  # type: ignore[no-untyped-call]
 
     def _map_names(self, names: Iterable[str]) -> dict[str, _Group]:
         mapping = get_model_conversion_mapping(self.model)

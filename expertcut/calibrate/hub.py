@@ -47,18 +47,18 @@ def hub_texts(source: HubSource, tokenizer: Tokenizer, seed: int, warnings: list
 
 
 def _rows(source: HubSource, seed: int) -> Iterator[Row]:
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
-    from httpx import HTTPError
+    from datasets import load_dataset  # type: ignore[import-untyped]
+    from datasets.exceptions import DatasetsError  # type: ignore[import-untyped]
+    from huggingface_hub import errors
 
+    # The HTTP library's own base class; which library that is depends on the version of huggingface_hub.
+    http_error: type[Exception] = getattr(errors, "HTTPError", errors.HfHubHTTPError)
     try:
-        rows = load_dataset(
-            source.dataset, source.config, split=source.split, revision=source.revision, streaming=True
-        )
+        rows = load_dataset(source.dataset, source.config, split=source.split, revision=source.revision, streaming=True)
         yield from rows.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
     except FileNotFoundError as error:
         raise HubError(f"{_place(source)}: not found: {_first_line(error)}", hint=OFFLINE_HINT) from error
-    except (OSError, HTTPError) as error:
+    except (OSError, http_error) as error:
         raise HubError(f"{_place(source)}: {_first_line(error)}", hint=OFFLINE_HINT) from error
     except (ValueError, DatasetsError) as error:
         raise DataError(f"{_place(source)}: {_first_line(error)}") from error

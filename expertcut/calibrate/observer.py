@@ -57,9 +57,7 @@ def observed_experts(
     return weighted_TKH.sum(dim=1).to(hidden_states.dtype)
 
 
-def _project(
-    experts: Any, name: str, x: torch.Tensor, offsets: torch.Tensor, ids_S: torch.Tensor
-) -> torch.Tensor:
+def _project(experts: Any, name: str, x: torch.Tensor, offsets: torch.Tensor, ids_S: torch.Tensor) -> torch.Tensor:
     bias = getattr(experts, f"{name}_bias")[ids_S] if experts.has_bias else None
     return _grouped_linear(x, getattr(experts, name), offsets, bias, experts.is_transposed)
 
@@ -85,7 +83,9 @@ class Observer:
              if isinstance(t, torch.Tensor) and t.shape[-1] == self.sums.e), None,
         )  # fmt: skip
         if logits is None:
-            raise CheckpointError(f"{type(router).__name__} returns no logits of {self.sums.e} experts; cannot observe it")
+            raise CheckpointError(
+                f"{type(router).__name__} returns no logits of {self.sums.e} experts; cannot observe it"
+            )
         logits = logits.reshape(-1, self.sums.e).float()
         sigmoid = self.family.scoring == "sigmoid"
         choice = logits.sigmoid() if sigmoid else logits
@@ -118,7 +118,7 @@ class Observer:
         assert routed is not None, "commit without a forward pass"
         valid = routed.domain_T >= 0
         if not bool(valid.all()):
-            routed = Routed(*(None if v is None else v[valid] for v in vars(routed).values()))
+            routed = routed.only(valid)
         self.sums.add(routed)
 
     def discard(self) -> None:

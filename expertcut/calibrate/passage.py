@@ -36,8 +36,7 @@ class Passage:
         """Take every micro-batch of a track through one layer."""
         at = 0
         while at < len(self.prepared):
-            done = self._guarded(at, observer, lambda at=at: self._run(index, layer, track, at, observer))
-            at += done
+            at += self._guarded(index, layer, track, at, observer)
 
     def logits(self, track: int) -> Iterator[tuple[Batch, slice, torch.Tensor]]:
         """Yield (micro-batch, positions, logits) of a track that has passed all layers."""
@@ -55,10 +54,10 @@ class Passage:
             observer.commit()
         self.hidden[track][at] = park(out)
 
-    def _guarded(self, at: int, observer: Observer | None, run: Callable[[], None]) -> bool:
+    def _guarded(self, index: int, layer: nn.Module, track: int, at: int, observer: Observer | None) -> bool:
         """Run; False if memory ran out and the micro-batch was halved instead."""
         try:
-            run()
+            self._run(index, layer, track, at, observer)
             return True
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if not out_of_memory(error):

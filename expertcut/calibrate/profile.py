@@ -24,7 +24,7 @@ from safetensors.numpy import save_file
 from expertcut.errors import ProfileError, UsageError
 from expertcut.model.fingerprint import TOLERANCE, Fingerprint
 
-SCHEMA = "expertcut.profile/1"
+SCHEMA: Literal["expertcut.profile/1"] = "expertcut.profile/1"
 JSON, ARRAYS = "profile.json", "profile.safetensors"
 
 SUMS_E = ("gate_sum", "gate_sq_sum", "norm_sum", "norm_sq_sum", "gated_norm_sum", "gated_norm_sq_sum")
@@ -328,8 +328,8 @@ class _LazyArrays(Mapping[str, np.ndarray]):
     def __init__(self, path: Path) -> None:
         if not path.exists():
             raise FileNotFoundError(2, "missing", str(path))
-        self._file = safe_open(path, framework="np")
-        self._names = tuple(sorted(self._file.keys()))
+        self._file: Any = safe_open(path, framework="np")
+        self._names = tuple(sorted(self._file.keys()))  # noqa: SIM118
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of an array, from the header."""

@@ -88,7 +88,7 @@ def profile_model(
     meta = _meta(checkpoint, geometry, data, options, tokenizer, dtype)
     stream = LayerStream(checkpoint, geometry, device=device, dtype=dtype, resident=options.resident)
     try:
-        _check_length(stream, data)
+        check_length(stream, data)
         state = _State(out, meta, stream)
         for _ in _pass(stream, geometry, data, options, state, notify, advance):
             pass
@@ -155,7 +155,8 @@ def _meta(
     )  # fmt: skip
 
 
-def _check_length(stream: LayerStream, data: CalibrationSet) -> None:
+def check_length(stream: LayerStream, data: CalibrationSet) -> None:
+    """Raise ProfileError if a sequence is longer than the model has positions."""
     limit = getattr(stream.config.get_text_config(), "max_position_embeddings", None)
     longest = max(len(s.ids) for s in data.sequences)
     if limit and longest > limit:

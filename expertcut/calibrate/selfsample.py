@@ -14,7 +14,8 @@ import numpy as np
 from expertcut.calibrate.tokenizer import Ids, Tokenizer
 from expertcut.errors import DataError
 
-BATCH = 16
+# Sequences sampled at a time.
+BATCH = 32
 
 
 def sample_self(
@@ -33,12 +34,13 @@ def sample_self(
     with the next document, so all are exactly `seq_len` long, save the last, which is cut so that the sum is `tokens`.
     The same seed gives the same text on the same machine and libraries.
 
-    dtype: a torch dtype's name; default: the checkpoint's own. Returns: arrays (T,) int64. Raises: DataError.
+    dtype: a torch dtype's name; default: the checkpoint's own, on the CPU float32.
+    Returns: arrays (T,) int64. Raises: DataError if the model does not load as a causal language model.
     """
     import torch
 
     where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    model = _load(model_dir, dtype).to(where)
+    model = _load(model_dir, dtype or ("float32" if where == "cpu" else "auto")).to(where)
     rows = -(-tokens // seq_len)
     sampled: list[Ids] = []
     with torch.random.fork_rng(devices=[where] if where.startswith("cuda") else []), torch.inference_mode():
@@ -51,24 +53,26 @@ def sample_self(
     return sampled
 
 
-def _load(model_dir: Path, dtype: str | None) -> Any:
-    from transformers import AutoModelForCausalLM, GenerationConfig
+def _load(model_dir: Path, dtype: str) -> Any:
+    import transformers
     from transformers.utils import logging
 
-    bar = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    hf: Any = transformers
+    bars: Any = logging
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype or "auto", local_files_only=True)
+        model = hf.AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, local_files_only=True)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise DataError(
             f"{model_dir}: cannot sample from the model: {reason}", hint="use --calibration general or builtin"
         ) from error
     finally:
-        if bar:
-            logging.enable_progress_bar()
+        if shown:
+            bars.enable_progress_bar()
     # The checkpoint's own settings (top-k, penalties, stop tokens) would narrow the distribution.
-    model.generation_config = GenerationConfig(pad_token_id=0)
+    model.generation_config = hf.GenerationConfig(pad_token_id=0)
     return model.eval()
 
 

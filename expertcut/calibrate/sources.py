@@ -105,8 +105,7 @@ def _file_streams(name: str, source: FileSource, seed: int) -> list[Stream]:
     weight = source.weight / len(domains)
     shuffled = {domain: _shuffled(texts, domain, seed) for domain, texts in sorted(domains.items())}
     return [
-        Stream(name, domain, weight, texts.__iter__, {**detail, "domain": domain})
-        for domain, texts in shuffled.items()
+        Stream(name, domain, weight, texts.__iter__, {**detail, "domain": domain}) for domain, texts in shuffled.items()
     ]
 
 
@@ -132,15 +131,15 @@ def read_file(path: Path) -> Iterator[tuple[str, str | None]]:
 
 
 def _read_txt(path: Path) -> Iterator[tuple[str, str | None]]:
-    raw = path.read_bytes()
-    yield _decode(raw, lambda at: f"{path}:{raw[:at].count(10) + 1}"), None
+    with path.open("rb") as file:
+        yield "".join(_decode(raw, f"{path}:{number}") for number, raw in enumerate(file, start=1)), None
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[str, str | None]]:
     with path.open("rb") as file:
         for number, raw in enumerate(file, start=1):
             place = f"{path}:{number}"
-            line = _decode(raw, lambda _, place=place: place)
+            line = _decode(raw, place)
             if not line.strip():
                 continue
             try:
@@ -151,8 +150,8 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, str | None]]:
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, str | None]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    import pyarrow as pa  # type: ignore[import-untyped]
+    import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
     try:
         with pq.ParquetFile(path) as file:
@@ -180,8 +179,8 @@ def _row(row: Any, place: str) -> tuple[str, str | None]:
     return row["text"], domain
 
 
-def _decode(raw: bytes, place: Callable[[int], str]) -> str:
+def _decode(raw: bytes, place: str) -> str:
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(f"{place(error.start)}: not UTF-8: byte {raw[error.start]:#04x}") from error
+        raise DataError(f"{place}: not UTF-8: byte {raw[error.start]:#04x}") from error

@@ -32,6 +32,14 @@ class Routed:
     out_TKH: torch.Tensor | None
     """Unweighted outputs; only when moments are asked for."""
 
+    def only(self, keep_T: torch.Tensor) -> Routed:
+        """Return the tokens where `keep_T` is true."""
+        out = None if self.out_TKH is None else self.out_TKH[keep_T]
+        return Routed(
+            self.expert_TK[keep_T], self.gate_TK[keep_T], self.gram_TKK[keep_T], self.act_TK[keep_T],
+            self.entropy_T[keep_T], self.domain_T[keep_T], out,
+        )  # fmt: skip
+
 
 class BlockSums:
     """Sums over all micro-batches of one MoE block."""
@@ -46,11 +54,13 @@ class BlockSums:
         def zeros(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=device)
 
-        self.per_expert = zeros(domains * experts, 1 + len(SUMS_E))
-        self.maxima = zeros(domains * experts, len(MAXIMA_E))
-        self.per_rank = zeros(domains * experts * top_k, 2)
-        self.per_pair = zeros((domains if pair_domains else 1) * experts * experts, len(PAIRS))
-        self.per_token = zeros(domains, 3 + len(SUMS_K) * top_k)
+        self.per_expert = zeros(1 + len(SUMS_E), domains * experts)
+        self.maxima = zeros(len(MAXIMA_E), domains * experts)
+        self.per_rank = zeros(2, domains * experts * top_k)
+        self.per_pair = zeros(len(PAIRS), (domains if pair_domains else 1) * experts * experts)
+        self.per_token = zeros(3 + len(SUMS_K) * top_k, domains)
+        ones = torch.ones(top_k, top_k, dtype=torch.float64, device=device)
+        self.block = ones.tril() + ones.tril(-1)  # row k: what expert k adds to a block sum
         self.moments = zeros(domains * experts, 2 * hidden) if moments else None
 
     def add(self, r: Routed) -> None:
@@ -59,13 +69,11 @@ class BlockSums:
         gated_TK = r.gram_TKK.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt()
         norm_TK = torch.where(r.gate_TK == 0, 0.0, gated_TK / r.gate_TK.abs())
         one_TK = torch.ones_like(norm_TK)
-        columns = (one_TK, r.gate_TK, r.gate_TK**2, norm_TK, norm_TK**2, gated_TK, gated_TK**2)
-        self.per_expert.index_add_(0, cell_TK.flatten(), torch.stack(columns, -1).flatten(0, 1))
-        peaks = torch.stack((gated_TK, r.act_TK.double()), -1).flatten(0, 1)
-        index = cell_TK.flatten()[:, None].expand_as(peaks)
-        self.maxima.scatter_reduce_(0, index, peaks, "amax")
+        _add(self.per_expert, cell_TK, one_TK, r.gate_TK, r.gate_TK**2, norm_TK, norm_TK**2, gated_TK, gated_TK**2)
+        for row, peaks_TK in zip(self.maxima, (gated_TK, r.act_TK.double()), strict=True):
+            row.scatter_reduce_(0, cell_TK.flatten(), peaks_TK.flatten(), "amax")
         rank_TK = cell_TK * self.k + torch.arange(self.k, device=cell_TK.device)
-        self.per_rank.index_add_(0, rank_TK.flatten(), torch.stack((one_TK, r.gate_TK), -1).flatten(0, 1))
+        _add(self.per_rank, rank_TK, one_TK, r.gate_TK)
         self._add_pairs(r, gated_TK)
         self._add_tokens(r)
         if self.moments is not None and r.out_TKH is not None:
@@ -78,12 +86,11 @@ class BlockSums:
             first = first + r.domain_T[:, None] * self.e
         pair_TKK = first[:, :, None] * self.e + r.expert_TK[:, None, :]
         energy_TKK = gated_TK[:, :, None] * gated_TK[:, None, :]
-        values = torch.stack((torch.ones_like(energy_TKK), energy_TKK, r.gram_TKK), -1)
-        self.per_pair.index_add_(0, pair_TKK.flatten(), values.flatten(0, 2))
+        _add(self.per_pair, pair_TKK, torch.ones_like(energy_TKK), energy_TKK, r.gram_TKK)
 
     def _add_tokens(self, r: Routed) -> None:
         """Error of every smaller k from block sums of the Gram matrix: y_k = scale · Σ_{i≤k} z_i."""
-        sq_TK = r.gram_TKK.cumsum(1).cumsum(2).diagonal(dim1=1, dim2=2)
+        sq_TK = (r.gram_TKK * self.block).sum(2).cumsum(1)
         cross_TK = r.gram_TKK.sum(2).cumsum(1)
         out_sq_T = sq_TK[:, -1]
         mass_TK = r.gate_TK.cumsum(1)
@@ -94,29 +101,38 @@ class BlockSums:
             sq_TK, cross_TK = sq_TK * scale_TK**2, cross_TK * scale_TK
         error_TK = (sq_TK - 2 * cross_TK + out_sq_T[:, None]).clamp_min(0)
         error_TK[:, -1] = 0  # all K experts: exactly y
-        columns = (torch.ones_like(out_sq_T)[:, None], out_sq_T[:, None], r.entropy_T.double()[:, None])
-        values = torch.cat((*columns, error_TK, cross_TK, sq_TK, 1 - share_TK), 1)
-        self.per_token.index_add_(0, r.domain_T, values)
+        by_k = (column for table in (error_TK, cross_TK, sq_TK, 1 - share_TK) for column in table.unbind(1))
+        _add(self.per_token, r.domain_T, torch.ones_like(out_sq_T), out_sq_T, r.entropy_T.double(), *by_k)
 
     def arrays(self, prefix: str) -> dict[str, np.ndarray]:
         """Return the profile's arrays of this block, names prefixed by the block."""
         d, e, k = self.d, self.e, self.k
         out: dict[str, np.ndarray] = {}
-        per_expert = self.per_expert.view(d, e, -1).cpu().numpy()
-        out["count"] = per_expert[..., 0].astype(np.int64)
-        out |= {name: per_expert[..., i + 1] for i, name in enumerate(SUMS_E)}
-        maxima = self.maxima.view(d, e, -1).cpu().numpy()
-        out |= {name: maxima[..., i] for i, name in enumerate(MAXIMA_E)}
-        per_rank = self.per_rank.view(d, e, k, 2).cpu().numpy()
-        out["rank_count"], out["rank_mass"] = per_rank[..., 0].astype(np.int64), per_rank[..., 1]
-        per_pair = self.per_pair.view(-1, e, e, len(PAIRS)).cpu().numpy()
+        per_expert = self.per_expert.view(-1, d, e).cpu().numpy()
+        out["count"] = per_expert[0].astype(np.int64)
+        out |= {name: per_expert[i + 1] for i, name in enumerate(SUMS_E)}
+        maxima = self.maxima.view(-1, d, e).cpu().numpy()
+        out |= {name: maxima[i] for i, name in enumerate(MAXIMA_E)}
+        per_rank = self.per_rank.view(2, d, e, k).cpu().numpy()
+        out["rank_count"], out["rank_mass"] = per_rank[0].astype(np.int64), per_rank[1]
+        per_pair = self.per_pair.view(len(PAIRS), -1, e, e).cpu().numpy()
         lower = np.tril_indices(e)
-        out |= {name: per_pair[:, lower[0], lower[1], i] for i, name in enumerate(PAIRS)}
+        out |= {name: per_pair[i][:, lower[0], lower[1]] for i, name in enumerate(PAIRS)}
         out["coact"] = out["coact"].astype(np.int64)
-        per_token = self.per_token.cpu().numpy()
-        out["tokens"], out["out_sq"], out["entropy"] = per_token[:, 0].astype(np.int64), per_token[:, 1], per_token[:, 2]
+        per_token = self.per_token.T.cpu().numpy()
+        out["tokens"], out["out_sq"], out["entropy"] = (
+            per_token[:, 0].astype(np.int64),
+            per_token[:, 1],
+            per_token[:, 2],
+        )
         out |= {name: per_token[:, 3 + i * k : 3 + (i + 1) * k] for i, name in enumerate(SUMS_K)}
         if self.moments is not None:
             moments = self.moments.view(d, e, 2, self.h).cpu().numpy()
             out["out_sum"], out["out_sq_sum_h"] = moments[:, :, 0], moments[:, :, 1]
         return {f"{prefix}/{name}": np.ascontiguousarray(value) for name, value in out.items()}
+
+
+def _add(sums: torch.Tensor, index: torch.Tensor, *columns: torch.Tensor) -> None:
+    """Add each column to its row of `sums` at `index`; one-dimensional scatters are by far the fastest on a CPU."""
+    for row, column in zip(sums, columns, strict=True):
+        row.index_add_(0, index.flatten(), column.flatten())

@@ -1,13 +1,14 @@
 """A model under a plan, riding on the base model's layers in the streaming executor.
 
 A variant is built from the config that the plan would write and shares the base layer's tensors. It differs in two
-things: its router's rows are those of the kept experts, and its experts are the base's, called by their original numbers.
-So one read of the weights serves the base and any number of plans.
+things: its router's rows are those of the kept experts, and its experts are the base's, called by their original
+numbers. So one read of the weights serves the base and any number of plans.
 """
 
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,6 +28,12 @@ class _Renumbered(nn.Module):
     def forward(self, hidden: torch.Tensor, index: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = self.__dict__["_experts"](hidden, self.kept[index], gates)
         return out
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_experts"], name)
 
 
 class Variant:

@@ -1,8 +1,8 @@
 """What tells one model from another, whatever its storage format: a hash of the geometry and a sketch per router.
 
-Sketch: eight numbers per router W (E, H), aᵀWb/‖W‖_F for fixed random signs a, b. Each has unit variance over models, so
-that two different routers agree on all eight within the tolerance with a probability below 1e-12, while rounding W to
-bfloat16 moves them by less than 0.005.
+Sketch: eight numbers per router W (E, H), aᵀWb/‖W‖_F for fixed random signs a, b. Each has unit variance over models,
+so that two different routers agree on all eight within the tolerance with a probability below 1e-12, while rounding W
+to bfloat16 moves them by less than 0.005.
 """
 
 from __future__ import annotations
@@ -77,6 +77,8 @@ def check_fingerprint(expected: Fingerprint, checkpoint: Checkpoint, geometry: G
             f"make a {what} for this model, or pass the model it was made for",
         )
     found = fingerprint(checkpoint, geometry).sketch
+    if [len(v) for v in expected.sketch.values()] != [SKETCH] * len(found):
+        raise PlanError(f"the {what} is damaged: its fingerprint does not hold {SKETCH} numbers for each MoE layer")
     for old, new in zip(expected.sketch, found, strict=True):  # both in layer order
         distance = float(np.abs(np.subtract(expected.sketch[old], found[new])).max())
         if not distance <= TOLERANCE:

@@ -187,7 +187,7 @@ def _role(tensor: TensorInfo, prefix: str, rest: str, family: Family, experts: i
         if fnmatchcase(rest, pattern):
             if len(tensor.shape) <= axis or tensor.shape[axis] != experts:
                 raise ConfigConflictError(
-                    f"{tensor.name}: shape {list(tensor.shape)}, expected {experts} (experts in config.json) on axis {axis}"
+                    f"{tensor.name}: shape {list(tensor.shape)}, expected the config's {experts} experts on axis {axis}"
                 )
             return Sliced(prefix, axis)
     if any(fnmatchcase(rest, pattern) for pattern in family.whole) or experts not in tensor.shape:

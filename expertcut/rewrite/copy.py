@@ -1,0 +1,226 @@
+"""Byte ranges of open files in, the same bytes at the end of a new file out. The kernel copies as long as it can.
+
+Speed: blocks are claimed up front, copies are as long as the ranges allow, and write-back runs beside them in one other
+thread, so that the final sync has little left to do. Memory: one 256 KiB buffer, and one piece of a gathered tensor.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from expertcut.errors import CheckpointError
+from expertcut.rewrite.kernel import UNSUPPORTED, reserve
+from expertcut.rewrite.layout import Move, OutShard, OutTensor
+
+STEP = 16 * 2**20
+"""Bytes per call into the kernel: how often progress is told and write-back is set off."""
+BUFFER = 256 * 2**10
+"""Bytes; stays in a core's cache, larger ones are slower."""
+PIECE = 8 * 2**20
+"""Bytes of a gathered tensor held at a time, unless one slab is larger."""
+
+Advance = Callable[[int], None]
+
+
+class Copier:
+    """Copies byte ranges from file to file; stops asking the kernel after its first refusal."""
+
+    def __init__(self, *, kernel: bool = True) -> None:
+        self.kernel = kernel and hasattr(os, "copy_file_range")
+        self._buffer: memoryview | None = None
+
+    def copy(self, source: int, offset: int, target: int, at: int, nbytes: int) -> int:
+        """Copy up to `nbytes` bytes from `offset` of one file to `at` of another; return how many, 0 at the end."""
+        if self.kernel:
+            try:
+                copied = os.copy_file_range(source, target, nbytes, offset, at)
+            except OSError as error:
+                if error.errno not in UNSUPPORTED | {errno.EXDEV}:
+                    raise
+                self.kernel = False
+            else:
+                if copied:
+                    return copied  # 0 is not trusted: some file systems say so in the middle of a file
+        return self._through_buffer(source, offset, target, at, nbytes)
+
+    def _through_buffer(self, source: int, offset: int, target: int, at: int, nbytes: int) -> int:
+        self._buffer = self._buffer or memoryview(bytearray(BUFFER))
+        done = 0
+        while done < nbytes:
+            got = os.preadv(source, [self._buffer[: min(nbytes - done, BUFFER)]], offset + done)
+            if not got:
+                break
+            write_all(target, self._buffer[:got], at + done)
+            done += got
+        return done
+
+
+class WriteBack:
+    """One thread that carries written pages to the disk while others are being written."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1)
+        self._early: Future[None] | None = None
+
+    def start(self, file: int) -> None:
+        """Set off a sync of what the file holds so far, unless one is still under way."""
+        if self._early and not self._early.done():
+            return
+        if self._early:
+            self._early.result()  # a failed sync is reported once, so no result may be lost
+        self._early = self._pool.submit(os.fdatasync, file)
+
+    def finish(self, file: int) -> Future[None]:
+        """Sync and close the file in the background; the result is there once its bytes are safe."""
+        early, self._early = self._early, None
+        return self._pool.submit(_sync_and_close, file, early)
+
+    def drop(self, file: int) -> None:
+        """Close a file that came to nothing."""
+        self._early = None
+        self._pool.submit(os.close, file)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.shutdown()
+
+
+def write_shard(
+    root: Path, shard: OutShard, path: Path, copier: Copier, back: WriteBack, advance: Advance
+) -> Future[None]:
+    """Write one shard from the shards under `root`; the result is there once its bytes are safe on disk.
+
+    `advance` is called with bytes just written.
+
+    Raises:
+        CheckpointError: a source shard ends early or cannot be opened.
+        OSError: the destination does not take it.
+    """
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+    try:
+        reserve(file, shard.nbytes)
+        write_all(file, shard.header, 0)
+        at, unsynced = len(shard.header), 0
+        for copied in _append(root, shard, file, copier):
+            at, unsynced = at + copied, unsynced + copied
+            advance(copied)
+            if unsynced >= STEP:
+                back.start(file)
+                unsynced = 0
+        assert at == shard.nbytes
+    except BaseException:
+        back.drop(file)
+        raise
+    return back.finish(file)
+
+
+def write_all(file: int, data: bytes | memoryview, at: int) -> None:
+    """Write all of `data` at a position."""
+    rest = memoryview(data)
+    while rest:
+        written = os.pwrite(file, rest, at)
+        at, rest = at + written, rest[written:]
+
+
+def _append(root: Path, shard: OutShard, file: int, copier: Copier) -> Iterator[int]:
+    """Write what follows the header; yield the bytes of every piece."""
+    at = len(shard.header)
+    with _Sources(root) as sources:
+        for step in shard.steps():
+            pieces = _move(sources, step, file, at, copier) if isinstance(step, Move) else _gather(sources, step, file, at)
+            for copied in pieces:
+                at += copied
+                yield copied
+
+
+def _move(sources: _Sources, move: Move, file: int, at: int, copier: Copier) -> Iterator[int]:
+    source, done = sources.open(move.shard), 0
+    while done < move.nbytes:
+        copied = copier.copy(source, move.offset + done, file, at + done, min(move.nbytes - done, STEP))
+        if not copied:
+            raise sources.ended(move.shard, move.offset + done, move.nbytes - done)
+        done += copied
+        yield copied
+
+
+def _gather(sources: _Sources, tensor: OutTensor, file: int, at: int) -> Iterator[int]:
+    """Read slabs of the source tensor, keep the runs, write them back to back."""
+    assert tensor.gather
+    slabs, stride = tensor.gather.slabs, tensor.gather.stride
+    count = max(1, PIECE // stride)
+    for first in range(0, slabs, count):
+        offset, rows = tensor.source.start + first * stride, min(count, slabs - first)
+        raw = sources.read(tensor.source.shard, offset, rows * stride)
+        whole = np.frombuffer(raw, np.uint8).reshape(rows, stride)
+        kept = np.concatenate([whole[:, begin:end] for begin, end in tensor.gather.runs], axis=1)
+        write_all(file, kept.data.cast("B"), at)
+        at += kept.nbytes
+        yield kept.nbytes
+
+
+class _Sources:
+    """The source shard that is being read; one is open at a time."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._name = ""
+        self._file = -1
+
+    def open(self, shard: str) -> int:
+        if shard != self._name:
+            self.close()
+            try:
+                self._file = os.open(self._root / shard, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as error:
+                raise CheckpointError(f"{self._root / shard}: cannot be read: {error.strerror}") from None
+            self._name = shard
+        return self._file
+
+    def read(self, shard: str, offset: int, nbytes: int) -> bytearray:
+        source, raw, done = self.open(shard), bytearray(nbytes), 0
+        while done < nbytes:
+            got = os.preadv(source, [memoryview(raw)[done:]], offset + done)
+            if not got:
+                raise self.ended(shard, offset + done, nbytes - done)
+            done += got
+        return raw
+
+    def ended(self, shard: str, offset: int, missing: int) -> CheckpointError:
+        return CheckpointError(
+            f"{self._root / shard}: ends at byte {offset}, {missing} more expected; it has changed since it was opened",
+            "restore the source and run the same command again",
+        )
+
+    def close(self) -> None:
+        if self._file >= 0:
+            os.close(self._file)
+        self._name, self._file = "", -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _sync_and_close(file: int, early: Future[None] | None) -> None:
+    try:
+        if early:
+            early.result()
+        os.fsync(file)
+    finally:
+        os.close(file)

@@ -1,0 +1,76 @@
+"""Linux calls that Python lacks: claim disk space, rename without replacing, exchange two names. All three degrade."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+UNSUPPORTED = frozenset({errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM})
+"""What a kernel, a sandbox or a file system answers to a call it does not know."""
+
+_HERE = -100  # AT_FDCWD
+_NO_REPLACE, _EXCHANGE = 1, 2
+
+
+def reserve(file: int, nbytes: int) -> None:
+    """Claim disk blocks for the first `nbytes` bytes of an open file, and make it that long, where that is supported.
+
+    Raises:
+        OSError: the disk, a quota or a limit does not allow that size.
+    """
+    try:
+        _call("fallocate", file, 0, ctypes.c_int64(0), ctypes.c_int64(nbytes))
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+
+
+def rename_new(old: Path, new: Path) -> None:
+    """Rename; never replaces anything, even if it appears at the last moment (where the system can promise that).
+
+    Raises:
+        FileExistsError: `new` exists.
+        OSError: anything else that stops a rename.
+    """
+    try:
+        _call("renameat2", _HERE, os.fsencode(old), _HERE, os.fsencode(new), _NO_REPLACE)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        if os.path.lexists(new):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(new)) from None
+        old.rename(new)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Swap two names in one step; False where the system cannot, with nothing changed.
+
+    Raises:
+        OSError: anything else that stops a rename.
+    """
+    try:
+        _call("renameat2", _HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        return False
+    return True
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
+
+
+def _call(name: str, *arguments: Any) -> None:
+    function = getattr(_library(), name, None)
+    if function is None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    while function(*arguments) != 0:
+        code = ctypes.get_errno()
+        if code != errno.EINTR:
+            raise OSError(code, os.strerror(code))

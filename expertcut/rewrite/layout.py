@@ -1,0 +1,257 @@
+"""Headers, geometry and plan in; every byte of the new shards accounted for. Pure: nothing is read, nothing written.
+
+Invariant: kept experts are renumbered 0..E'-1, and each output tensor is a list of byte ranges of its source tensor. Where
+neighbours in an output shard were neighbours in a source shard, their ranges join into one long copy.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from expertcut.checkpoint import DTYPE_BITS, Checkpoint, TensorInfo, build_header
+from expertcut.checkpoint.local import INDEX, SINGLE
+from expertcut.choose.plan import Plan, kept_by_block, validate
+from expertcut.errors import CheckpointError, UsageError
+from expertcut.model import Edit, ExpertTensor, Geometry, Sliced
+from expertcut.rewrite.config import check_quantization, edit_config
+
+MAX_SHARD_SIZE = 5 * 10**9
+"""Bytes of tensor data per shard unless asked otherwise; what transformers calls 5GB."""
+SHORT_RUN = 16 * 1024
+"""Bytes; a sliced tensor whose kept runs are shorter on average is gathered in memory, not copied range by range."""
+RECORD = "expertcut.json"
+"""The file that says how a checkpoint was made; the source's own is not carried over."""
+
+Runs = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Gather:
+    """The kept parts of a tensor seen as `slabs` pieces of `stride` bytes: the byte runs [begin, end) of every slab."""
+
+    slabs: int
+    stride: int
+    runs: Runs
+
+    @property
+    def short(self) -> bool:
+        """True if the runs are too short for copies of their own."""
+        return sum(end - begin for begin, end in self.runs) < SHORT_RUN * len(self.runs)
+
+
+@dataclass(frozen=True, slots=True)
+class OutTensor:
+    """One tensor of the new checkpoint, and where its bytes come from."""
+
+    name: str
+    source: TensorInfo
+    shape: tuple[int, ...]
+    nbytes: int
+    gather: Gather | None = None
+    """None: all bytes of the source tensor."""
+
+    @property
+    def in_memory(self) -> bool:
+        """True if the tensor passes through memory instead of being copied by the kernel."""
+        return self.gather is not None and self.gather.short
+
+    def ranges(self) -> Iterator[tuple[int, int]]:
+        """Byte ranges of the source shard, as (offset, bytes), in order."""
+        if self.gather is None:
+            yield self.source.start, self.source.nbytes
+            return
+        for slab in range(self.gather.slabs):
+            base = self.source.start + slab * self.gather.stride
+            for begin, end in self.gather.runs:
+                yield base + begin, end - begin
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """One copy: `nbytes` bytes at `offset` of the source shard."""
+
+    shard: str
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class OutShard:
+    """One file to write: its header, then its tensors back to back."""
+
+    name: str
+    header: bytes
+    tensors: tuple[OutTensor, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the file in bytes."""
+        return len(self.header) + sum(t.nbytes for t in self.tensors)
+
+    def steps(self) -> Iterator[Move | OutTensor]:
+        """What to append after the header: copies, as long as they can be, and tensors to gather in memory."""
+        last: Move | None = None
+        for tensor in self.tensors:
+            if tensor.in_memory:
+                if last:
+                    yield last
+                last = None
+                yield tensor
+                continue
+            for offset, nbytes in tensor.ranges():
+                if last and last.shard == tensor.source.shard and last.offset + last.nbytes == offset:
+                    last = Move(last.shard, last.offset, last.nbytes + nbytes)
+                    continue
+                if last:
+                    yield last
+                last = Move(tensor.source.shard, offset, nbytes)
+        if last:
+            yield last
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Everything that a rewrite will write, but for `expertcut.json`."""
+
+    shards: tuple[OutShard, ...]
+    index: bytes | None
+    """Contents of `model.safetensors.index.json`; None for a single shard, which needs none."""
+    config: dict[str, Any]
+    """The edited `config.json`."""
+    edits: tuple[Edit, ...]
+    companions: Mapping[str, int]
+    """Files copied as they are, with their bytes."""
+    experts: int
+    top_k: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(t.nbytes for shard in self.shards for t in shard.tensors)
+
+    @property
+    def in_memory(self) -> int:
+        """Bytes of tensors that pass through memory; the kernel copies the others."""
+        return sum(t.nbytes for shard in self.shards for t in shard.tensors if t.in_memory)
+
+    @property
+    def files(self) -> dict[str, int]:
+        """Names and bytes of shards, index and companions."""
+        shards = {shard.name: shard.nbytes for shard in self.shards}
+        return shards | ({INDEX: len(self.index)} if self.index else {}) | dict(self.companions)
+
+
+def plan_layout(ckpt: Checkpoint, geometry: Geometry, plan: Plan, max_shard_size: int = MAX_SHARD_SIZE) -> Layout:
+    """Lay out the checkpoint that `plan` leaves; `max_shard_size` is bytes of tensor data per file.
+
+    Raises:
+        PlanError: the plan cannot be carried out on this geometry.
+        CheckpointError: a tensor cannot be cut at byte borders, a companion is gone, or the quantization config names
+            single experts.
+        UsageError: `max_shard_size` is not positive.
+    """
+    if max_shard_size < 1:
+        raise UsageError(f"--max-shard-size {max_shard_size}: expected a positive number of bytes")
+    validate(plan, geometry)
+    check_quantization(ckpt, geometry)
+    experts, top_k = plan.experts, plan.top_k(geometry)
+    edits = tuple(geometry.config_edits(ckpt.config, experts, top_k))
+    groups = list(pack(out_tensors(ckpt, geometry, kept_by_block(plan, geometry)), max_shard_size))
+    shards = tuple(_shard(_shard_name(i, len(groups)), group) for i, group in enumerate(groups))
+    return Layout(
+        shards, _index(shards), edit_config(ckpt.config, edits), edits, _companions(ckpt), experts, top_k
+    )  # fmt: skip
+
+
+def out_tensors(ckpt: Checkpoint, geometry: Geometry, kept: Mapping[str, Sequence[int]]) -> Iterator[OutTensor]:
+    """Yield the tensors of the new checkpoint in source order; `kept` holds the kept ids of every block.
+
+    Raises:
+        CheckpointError: a tensor cannot be cut at byte borders.
+    """
+    renumber = {prefix: {old: new for new, old in enumerate(ids)} for prefix, ids in kept.items()}
+    for name, role in geometry.roles.items():
+        source = ckpt.tensors[name]
+        if isinstance(role, ExpertTensor):
+            new = renumber[role.block].get(role.expert)
+            if new is not None:
+                prefix = geometry.blocks[role.block].expert_prefix
+                yield OutTensor(f"{prefix}{new}.{role.part}", source, source.shape, source.nbytes)
+        elif isinstance(role, Sliced):
+            yield _sliced(source, role, kept[role.block])
+        else:
+            yield OutTensor(name, source, source.shape, source.nbytes)
+
+
+def pack(tensors: Iterable[OutTensor], max_shard_size: int) -> Iterator[list[OutTensor]]:
+    """Fill shards in order, each up to `max_shard_size` bytes; a larger tensor gets a shard of its own."""
+    group: list[OutTensor] = []
+    filled = 0
+    for tensor in tensors:
+        if group and filled + tensor.nbytes > max_shard_size:
+            yield group
+            group, filled = [], 0
+        group.append(tensor)
+        filled += tensor.nbytes
+    yield group
+
+
+def _sliced(source: TensorInfo, role: Sliced, kept: Sequence[int]) -> OutTensor:
+    shape = list(source.shape)
+    slabs = prod(shape[: role.axis])
+    bits = role.unit * prod(shape[role.axis + 1 :]) * DTYPE_BITS[source.dtype]
+    if bits % 8:
+        raise CheckpointError(f"{source.shard}: tensor {source.name}: an expert's part is {bits} bits, not whole bytes")
+    part = bits // 8
+    shape[role.axis] = len(kept) * role.unit
+    runs = _runs(kept, part)
+    stride = source.nbytes // slabs if slabs else 0
+    whole = runs == ((0, stride),)
+    gather = None if whole or not stride else Gather(slabs, stride, runs)
+    return OutTensor(source.name, source, tuple(shape), slabs * len(kept) * part, gather)
+
+
+def _runs(kept: Sequence[int], part: int) -> Runs:
+    """Byte runs of the kept experts within a slab, `part` bytes each, neighbours joined."""
+    runs: list[tuple[int, int]] = []
+    for expert in kept:
+        begin = expert * part
+        if runs and runs[-1][1] == begin:
+            begin = runs.pop()[0]
+        runs.append((begin, (expert + 1) * part))
+    return tuple(runs)
+
+
+def _shard_name(number: int, count: int) -> str:
+    return SINGLE if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+
+
+def _shard(name: str, group: list[OutTensor]) -> OutShard:
+    """Wide elements first, so that every tensor is aligned to its element size; otherwise in source order."""
+    group.sort(key=lambda tensor: -(DTYPE_BITS[tensor.source.dtype] // 8))
+    header = build_header(((t.name, t.source.dtype, t.shape, t.nbytes) for t in group), {"format": "pt"})
+    return OutShard(name, header, tuple(group))
+
+
+def _index(shards: Sequence[OutShard]) -> bytes | None:
+    if len(shards) == 1:
+        return None
+    weight_map = {tensor.name: shard.name for shard in shards for tensor in shard.tensors}
+    total = sum(tensor.nbytes for shard in shards for tensor in shard.tensors)
+    document = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    return (json.dumps(document, indent=2) + "\n").encode()
+
+
+def _companions(ckpt: Checkpoint) -> dict[str, int]:
+    sizes: dict[str, int] = {}
+    for name in ckpt.companions:
+        if name != RECORD:
+            try:
+                sizes[name] = (ckpt.path / name).stat().st_size
+            except OSError as error:
+                raise CheckpointError(f"{ckpt.path / name}: cannot be read: {error.strerror}") from None
+    return sizes

@@ -1,0 +1,221 @@
+"""Checkpoint and plan in, pruned checkpoint out; memory does not grow with the data.
+
+Order: everything is validated and laid out, then shards, config, companions, record and index are written and synced in a
+hidden sibling, then that directory gets its name. A killed run is resumed by the same command to the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import expertcut
+from expertcut.checkpoint import Checkpoint
+from expertcut.checkpoint.local import INDEX
+from expertcut.choose.plan import Plan
+from expertcut.errors import CheckpointError
+from expertcut.model import Geometry, check_fingerprint
+from expertcut.rewrite.config import config_bytes
+from expertcut.rewrite.copy import Copier, WriteBack, write_all, write_shard
+from expertcut.rewrite.destination import (
+    check_replaceable,
+    check_space,
+    destination_errors,
+    discard,
+    partial_folder,
+    publish,
+    resolve_destination,
+    sync_folder,
+)
+from expertcut.rewrite.journal import NAME, Journal, open_journal
+from expertcut.rewrite.layout import MAX_SHARD_SIZE, RECORD, Layout, OutShard, plan_layout
+from expertcut.rewrite.record import Record, Size
+
+Progress = Callable[[int, int], None]
+"""Called with bytes done and bytes in all, of the shards."""
+
+
+@dataclass(frozen=True, slots=True)
+class PruneResult:
+    """What `prune` did; sizes are bytes of tensor data."""
+
+    out: Path
+    nbytes_before: int
+    nbytes_after: int
+    experts_before: int
+    experts_after: int
+    top_k_before: int
+    top_k_after: int
+    shards: int
+    resumed: bool
+    """True if an unfinished run was found and carried on."""
+    nbytes_written: int
+    """Bytes of the shards that this run wrote."""
+    seconds: float
+    """Wall time of writing them, sync to disk included."""
+
+
+def prune(
+    ckpt: Checkpoint,
+    geometry: Geometry,
+    plan: Plan,
+    out: str | Path,
+    *,
+    max_shard_size: int = MAX_SHARD_SIZE,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> PruneResult:
+    """Write the checkpoint that `plan` leaves of `ckpt` to the directory `out`.
+
+    `max_shard_size` is bytes of tensor data per file. `force` replaces a checkpoint that expertcut wrote, in one step.
+
+    Raises:
+        PlanError: the plan is for another model, or cannot be carried out.
+        CheckpointError: the source cannot be laid out, or changes while it is read.
+        DestinationError: `out` exists, is too small, is being written to, or holds an unfinished run of another kind.
+    """
+    layout = plan_layout(ckpt, geometry, plan, max_shard_size)
+    check_fingerprint(plan.source.fingerprint, ckpt, geometry)
+    target = resolve_destination(ckpt, Path(out))
+    before = Size(nbytes=ckpt.nbytes, experts=geometry.num_experts, top_k=geometry.top_k)
+    record = Record.of(ckpt, before, layout, plan).to_bytes()
+    identity = {
+        "source": _source_identity(ckpt), "plan": _sha256(plan.model_dump(mode="json")),
+        "shard size": str(max_shard_size), "version of expertcut": expertcut.__version__,
+    }  # fmt: skip
+    needed = sum(layout.files.values()) + len(record) + len(config_bytes(layout.config))
+    job = _Job(ckpt, layout, record, target, partial_folder(target), progress or (lambda done, total: None))
+    with destination_errors(target, needed):
+        resumed, written, seconds = job.run(identity, needed, force)
+    return PruneResult(
+        target, ckpt.nbytes, layout.nbytes, geometry.num_experts, layout.experts, geometry.top_k, layout.top_k,
+        len(layout.shards), resumed, written, seconds,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    ckpt: Checkpoint
+    layout: Layout
+    record: bytes
+    target: Path
+    partial: Path
+    progress: Progress
+
+    @property
+    def made(self) -> Path:
+        return self.partial / "checkpoint"
+
+    def run(self, identity: dict[str, str], needed: int, force: bool) -> tuple[bool, int, float]:
+        """Return whether a run was resumed, and the bytes and seconds of writing shards."""
+        if self.partial.exists() and self._sweep() == identity:
+            return True, 0, 0.0
+        check_replaceable(self.target, force)
+        check_space(self.target, needed)
+        self.target.parent.mkdir(parents=True, exist_ok=True)
+        with open_journal(self.partial) as journal:
+            resumed = journal.begin(identity)
+            started = time.monotonic()
+            written = self._write_shards(journal)
+            seconds = time.monotonic() - started
+            self._write_rest()
+            journal.ready(self.made.stat().st_ino)
+            publish(self.made, self.target, force)
+            discard(self.partial)
+        return resumed, written, seconds
+
+    def _sweep(self) -> dict[str, str]:
+        """If a former run was killed after the rename, remove what it left and return what it was."""
+        with open_journal(self.partial) as journal:
+            if journal.inode is None or not self.target.is_dir() or self.target.stat().st_ino != journal.inode:
+                return {}
+            discard(self.partial)
+            return journal.identity
+
+    def _write_shards(self, journal: Journal) -> int:
+        self.made.mkdir(exist_ok=True)
+        todo = [shard for shard in self.layout.shards if not self._is_done(shard, journal)]
+        total = sum(shard.nbytes for shard in self.layout.shards)
+        wanted = sum(shard.nbytes for shard in todo)
+        done = total - wanted
+
+        def advance(nbytes: int) -> None:
+            nonlocal done
+            done += nbytes
+            self.progress(done, total)
+
+        copier, pending = Copier(), list[tuple[OutShard, Future[None]]]()
+        with WriteBack() as back:
+            for shard in todo:
+                advance(len(shard.header))
+                future = write_shard(self.ckpt.path, shard, self.made / shard.name, copier, back, advance)
+                pending.append((shard, future))
+                self._settle(pending, journal, keep=1)  # one shard reaches the disk while the next is written
+            self._settle(pending, journal, keep=0)
+        return wanted
+
+    def _settle(self, pending: list[tuple[OutShard, Future[None]]], journal: Journal, keep: int) -> None:
+        while len(pending) > keep:
+            shard, future = pending.pop(0)
+            future.result()
+            sync_folder(self.made)
+            journal.finish(shard.name, shard.nbytes)
+
+    def _is_done(self, shard: OutShard, journal: Journal) -> bool:
+        path = self.made / shard.name
+        return journal.finished.get(shard.name) == shard.nbytes and path.stat().st_size == shard.nbytes
+
+    def _write_rest(self) -> None:
+        """Small files, always written anew; the index is the last."""
+        write_file(self.made / "config.json", config_bytes(self.layout.config))
+        for name, nbytes in self.layout.companions.items():
+            self._copy_companion(name, nbytes)
+        write_file(self.made / RECORD, self.record)
+        if self.layout.index:
+            write_file(self.made / INDEX, self.layout.index)
+        for folder in {(self.made / name).parent for name in (*self.layout.companions, RECORD)}:
+            for parent in (folder, *folder.parents[: len(folder.parts) - len(self.made.parts)]):
+                sync_folder(parent)
+
+    def _copy_companion(self, name: str, nbytes: int) -> None:
+        path = self.made / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            data = (self.ckpt.path / name).read_bytes()
+        except OSError as error:
+            raise CheckpointError(f"{self.ckpt.path / name}: cannot be read: {error.strerror}") from None
+        if len(data) != nbytes:
+            raise CheckpointError(f"{self.ckpt.path / name}: {len(data)} bytes, {nbytes} when it was opened")
+        write_file(path, data)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a small file and sync it."""
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+    try:
+        write_all(file, data, 0)
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def _source_identity(ckpt: Checkpoint) -> str:
+    """Hash of config, every tensor's place, and every file's size and time of change."""
+    files = [*ckpt.shards, *ckpt.companions, "config.json"]
+    facts: list[Any] = [ckpt.config]
+    for name in files:
+        status = (ckpt.path / name).stat()
+        facts.append([name, status.st_size, status.st_mtime_ns])
+    facts += ([t.name, t.dtype, t.shape, t.shard, t.start, t.end] for t in ckpt.tensors.values())
+    return _sha256(facts)
+
+
+def _sha256(document: Any) -> str:
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,66 @@
+"""What the documents say must be so: links lead somewhere, tables are complete, commands and their options exist."""
+
+import json
+import re
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+import expertcut
+from expertcut.model import FAMILIES
+
+ROOT = Path(expertcut.__file__).parents[1]
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("expertcut/_demo_model/*.md")])
+
+
+def commands_in_documents() -> dict[str, set[str]]:
+    """Subcommand → the long options that the documents' shell examples and inline code give it."""
+    used: dict[str, set[str]] = defaultdict(set)
+    for document in DOCUMENTS:
+        for name, rest in re.findall(r"expertcut ([a-z]+)((?: [^\n`|#]*)?)", document.read_text()):
+            used[name] |= set(re.findall(r"(?<= )--[a-z][a-z-]*", rest))
+    return used
+
+
+@pytest.mark.parametrize("name", ["inspect", "profile", "merge", "show", "plan", "prune", "verify", "eval", "demo"])
+def test_commands_and_options_in_the_documents_exist(name: str) -> None:
+    options = commands_in_documents()[name]
+    code = "from expertcut.cli import main; main()"
+    command = [sys.executable, "-c", code, name, "--help"]
+    run = subprocess.run(command, env={"COLUMNS": "200", "NO_COLOR": "1"}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert options <= set(re.findall(r"--[a-z][a-z-]*", run.stdout))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_relative_links_lead_somewhere(document: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)", document.read_text()):
+        path, _, anchor = link.partition("#")
+        if re.match(r"https?:", link):
+            continue
+        target = document.parent / path if path else document
+        assert target.exists(), link
+        headings = re.findall(r"^#+ (.+)", target.read_text(), re.MULTILINE) if anchor else []
+        anchors = {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+        assert not anchor or anchor in anchors, link
+
+
+def test_the_changelog_starts_with_this_version(repo: Path) -> None:
+    newest = re.search(r"^## \[?([^\]\s]+)", (repo / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert newest is not None
+    assert newest[1] == expertcut.__version__
+
+
+def test_the_readme_lists_every_family(repo: Path) -> None:
+    table = re.findall(r"^\| `(\w+)` \|", (repo / "README.md").read_text(), re.MULTILINE)
+    assert sorted(table) == sorted(family.model_type for family in FAMILIES)
+
+
+def test_the_built_in_model_has_a_card_that_fits_it(demo_model: Path) -> None:
+    config = json.loads((demo_model / "config.json").read_text())
+    card = (demo_model / "README.md").read_text()
+    for key in ("num_hidden_layers", "num_experts", "num_experts_per_tok", "hidden_size", "vocab_size"):
+        assert re.search(rf"\| `{key}` \| {config[key]} \|", card), key
