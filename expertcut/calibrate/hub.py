@@ -6,27 +6,32 @@ Rows become text by a field, by a sandboxed jinja2 template, or as a chat in the
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
+from typing import Any, TypeVar
 
 import jinja2
+import numpy as np
 from jinja2.sandbox import SandboxedEnvironment
 
 from expertcut.calibrate.recipes import HubSource
 from expertcut.calibrate.tokenizer import Tokenizer
 from expertcut.errors import DataError, HubError
 
-# Rows held back while streaming, from which the next is drawn at random.
-SHUFFLE_BUFFER = 1000
+# Files of a dataset that are read at the same time, and rows held back, of which the next is drawn at random.
+SHARDS = 4
+BUFFER = 256
 OFFLINE_HINT = "without the Hub: --calibration builtin, or local .txt, .jsonl or .parquet files"
 
 _ROLES = {"human": "user", "gpt": "assistant", "function": "tool", "observation": "tool"}
 
 Row = Mapping[str, Any]
+T = TypeVar("T")
 
 
 def hub_texts(source: HubSource, tokenizer: Tokenizer, seed: int, warnings: list[str]) -> Iterator[tuple[str, bool]]:
-    """Yield (text, rendered by a chat template) row by row, shuffled by the seed within a buffer.
+    """Yield (text, rendered by a chat template) row by row, files and rows in an order that depends on the seed.
 
     Rows that are empty, or that the chat template refuses, are left out; `warnings` says of the latter how many.
     Raises: HubError if the dataset cannot be reached, DataError if it lacks the split, the config or a field.
@@ -55,13 +60,42 @@ def _rows(source: HubSource, seed: int) -> Iterator[Row]:
     http_error: type[Exception] = getattr(errors, "HTTPError", errors.HfHubHTTPError)
     try:
         rows = load_dataset(source.dataset, source.config, split=source.split, revision=source.revision, streaming=True)
-        yield from rows.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
+        yield from shuffled(_interleaved(rows, seed), seed)
     except FileNotFoundError as error:
         raise HubError(f"{_place(source)}: not found: {_first_line(error)}", hint=OFFLINE_HINT) from error
     except (OSError, http_error) as error:
         raise HubError(f"{_place(source)}: {_first_line(error)}", hint=OFFLINE_HINT) from error
     except (ValueError, DatasetsError) as error:
         raise DataError(f"{_place(source)}: {_first_line(error)}") from error
+
+
+def _interleaved(rows: Any, seed: int) -> Iterator[Row]:
+    """Take one row in turn from each of `SHARDS` files, the files in random order."""
+    # The library's own shuffle does likewise, but sleeps for seconds whenever it ends.
+    order = [int(i) for i in np.random.default_rng(seed).permutation(rows.num_shards)]
+    waiting = (iter(rows.shard(num_shards=rows.num_shards, index=i)) for i in order)
+    active = deque(islice(waiting, SHARDS))
+    while active:
+        shard = active.popleft()
+        row = next(shard, None)
+        if row is not None:
+            yield row
+            active.append(shard)
+        else:
+            active.extend(islice(waiting, 1))
+
+
+def shuffled(rows: Iterable[T], seed: int, buffer: int = BUFFER) -> Iterator[T]:
+    """Yield every row once, each drawn at random from the `buffer` rows that come next."""
+    rng = np.random.default_rng(seed)
+    held: list[T] = []
+    for row in rows:
+        held.append(row)
+        if len(held) == buffer:
+            i = int(rng.integers(buffer))
+            held[i], held[-1] = held[-1], held[i]
+            yield held.pop()
+    yield from (held[i] for i in rng.permutation(len(held)))
 
 
 def _reader(source: HubSource, tokenizer: Tokenizer, warnings: list[str]) -> Callable[[Row], tuple[str, bool]]:

@@ -45,7 +45,7 @@ def observed_experts(
     observer: Observer | None = experts.__dict__.get("_expertcut_observer")
     act_S = torch.linalg.vector_norm(x, ord=float("inf"), dim=-1) if observer is not None else None
     x = _project(experts, "down_proj", x, offsets, ids_S)
-    if experts.has_post_expert_norm:
+    if getattr(experts, "has_post_expert_norm", False):
         x = experts.post_expert_norm(x)
     inverse = torch.empty_like(perm)
     inverse[perm] = torch.arange(perm.numel(), device=perm.device)

@@ -14,7 +14,7 @@ import pytest
 
 from expertcut.calibrate.arithmetic import LINES, arithmetic, part_of
 from expertcut.calibrate.data import load_calibration
-from expertcut.calibrate.hub import hub_texts
+from expertcut.calibrate.hub import SHARDS, hub_texts, shuffled
 from expertcut.calibrate.recipes import HubSource
 from expertcut.calibrate.selfsample import sample_self
 from expertcut.calibrate.sources import read_file
@@ -63,7 +63,7 @@ def test_domain_defaults_to_the_stem(tmp_path: Path, tokenizer: Tokenizer) -> No
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", b'{"text": "x"}\n{"text": \n', r"a\.jsonl:2: not JSON: .* column 10"),
+        ("a.jsonl", b'{"text": "x"}\n{"text" "y"}\n', r"a\.jsonl:2: not JSON: .* at column 9"),
         ("a.jsonl", b'{"text": "x"}\n\n["x"]\n', r"a\.jsonl:3: found list, expected an object"),
         ("a.jsonl", b'{"body": "x"}\n', r"a\.jsonl:1: found fields body, expected a string in field text"),
         ("a.jsonl", b'{"text": 7}\n', r"a\.jsonl:1: found int, expected a string in field text"),
@@ -85,7 +85,7 @@ def test_malformed_files_are_named(
 
 def test_missing_and_wrong_parquet(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
-    with pytest.raises(DataError, match="cannot read: No such file"):
+    with pytest.raises(DataError, match="cannot read: .*No such file"):
         list(read_file(path))
     pq.write_table(pa.table({"body": ["x"]}), path)
     with pytest.raises(DataError, match="found columns body, expected a column text"):
@@ -122,6 +122,21 @@ def test_datasets_field_and_order(dataset: Callable[..., HubSource], tokenizer: 
     once, again, other = (_texts(source, tokenizer, seed) for seed in (0, 0, 1))
     assert sorted(once) == sorted(f"text {i}" for i in range(40))
     assert once == again != other
+
+
+def test_datasets_of_many_files_are_read_whole_and_mixed(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    for part in range(7):
+        rows = [{"text": f"{part} {i}"} for i in range(100)]
+        (tmp_path / f"train-{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    texts = _texts(HubSource(kind="hub", dataset=str(tmp_path), domain="d", field="text"), tokenizer)
+    assert sorted(texts) == sorted(f"{part} {i}" for part in range(7) for i in range(100))
+    assert len({text.split()[0] for text in texts[:40]}) == SHARDS
+
+
+def test_shuffled_draws_from_the_buffer() -> None:
+    drawn = list(shuffled(range(100), seed=0, buffer=10))
+    assert sorted(drawn) == list(range(100)) != drawn
+    assert all(value < position + 10 for position, value in enumerate(drawn))
 
 
 def test_datasets_template(dataset: Callable[..., HubSource], tokenizer: Tokenizer) -> None:
