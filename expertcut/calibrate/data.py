@@ -47,6 +47,8 @@ class CalibrationSet:
     """Grouped by domain, in the order of `domains`."""
     domains: tuple[str, ...]
     seq_len: int
+    packed: bool
+    seed: int
     fingerprint: str
     """sha256 over every sequence's domain and ids."""
     sources: list[dict[str, Any]]
@@ -112,7 +114,7 @@ def load_calibration(
         if budget is not None and count < budget - 1:
             warnings.append(f"{stream.source}: {stream.domain}: only {count:,} of {budget:,} tokens to be had")
         documents.setdefault(stream.domain, []).extend(read)
-    return _assemble(documents, seq_len, packed, records, warnings)
+    return _assemble(documents, seq_len, packed, seed, records, warnings)
 
 
 def _split_names(sources: Listed[str | Path]) -> list[str | Path]:
@@ -186,7 +188,12 @@ def _take(documents: Iterable[Ids], budget: int | None, longest: int | None) -> 
 
 
 def _assemble(
-    documents: dict[str, list[Ids]], seq_len: int, packed: bool, records: list[dict[str, Any]], warnings: list[str]
+    documents: dict[str, list[Ids]],
+    seq_len: int,
+    packed: bool,
+    seed: int,
+    records: list[dict[str, Any]],
+    warnings: list[str],
 ) -> CalibrationSet:
     domains = tuple(domain for domain, read in documents.items() if read)
     if not domains:
@@ -196,7 +203,8 @@ def _assemble(
         for domain in domains
         for ids in (_pack(documents[domain], seq_len) if packed else documents[domain])
     )
-    return CalibrationSet(sequences, domains, seq_len, _fingerprint(sequences), records, tuple(warnings))
+    fingerprint = _fingerprint(sequences)
+    return CalibrationSet(sequences, domains, seq_len, packed, seed, fingerprint, records, tuple(warnings))
 
 
 def _pack(documents: list[Ids], seq_len: int) -> list[Ids]:

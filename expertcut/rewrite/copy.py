@@ -6,6 +6,7 @@ thread, so that the final sync has little left to do. Memory: one 256 KiB buffer
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from collections.abc import Callable, Iterator
@@ -108,7 +109,7 @@ def write_shard(
         CheckpointError: a source shard ends early or cannot be opened.
         OSError: the destination does not take it.
     """
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+    file = _create(path)
     try:
         reserve(file, shard.nbytes)
         write_all(file, shard.header, 0)
@@ -126,12 +127,45 @@ def write_shard(
     return back.finish(file)
 
 
+def copy_file(root: Path, name: str, nbytes: int, path: Path) -> None:
+    """Copy a whole file of `nbytes` bytes, `name` under `root`, to `path`, and sync it.
+
+    Raises:
+        CheckpointError: it is shorter than that or cannot be opened.
+        OSError: the destination does not take it.
+    """
+    with _Sources(root) as sources, _created(path) as file:
+        for _ in _move(sources, Move(name, 0, nbytes), file, 0, Copier()):
+            pass
+        os.fsync(file)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a small file and sync it."""
+    with _created(path) as file:
+        write_all(file, data, 0)
+        os.fsync(file)
+
+
 def write_all(file: int, data: bytes | memoryview, at: int) -> None:
     """Write all of `data` at a position."""
     rest = memoryview(data)
     while rest:
         written = os.pwrite(file, rest, at)
         at, rest = at + written, rest[written:]
+
+
+def _create(path: Path) -> int:
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+
+
+@contextlib.contextmanager
+def _created(path: Path) -> Iterator[int]:
+    file = _create(path)
+    try:
+        yield file
+    finally:
+        os.close(file)
 
 
 def _append(root: Path, shard: OutShard, file: int, copier: Copier) -> Iterator[int]:

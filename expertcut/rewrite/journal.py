@@ -35,6 +35,11 @@ class Journal:
         self._file = file
         self._read()
 
+    @property
+    def blank(self) -> bool:
+        """True if nothing has been recorded, nor made."""
+        return not self.identity and not any(entry.name != NAME for entry in self.folder.iterdir())
+
     def begin(self, identity: Mapping[str, str]) -> bool:
         """Start, or go on if the journal is of the same identity; return True if it goes on.
 
@@ -42,7 +47,7 @@ class Journal:
             DestinationError: the journal is of another run.
         """
         if not self.identity:
-            if any(entry.name != NAME for entry in self.folder.iterdir()):
+            if not self.blank:
                 raise DestinationError(f"{self.folder}: holds files but no journal of a run", self._discard())
             self._append({"schema": SCHEMA, **identity})
             self.identity = dict(identity)

@@ -7,9 +7,11 @@ neighbours in an output shard were neighbours in a source shard, their ranges jo
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from typing import Any
 
 from expertcut.checkpoint import DTYPE_BITS, Checkpoint, TensorInfo, build_header
@@ -247,11 +249,16 @@ def _index(shards: Sequence[OutShard]) -> bytes | None:
 
 
 def _companions(ckpt: Checkpoint) -> dict[str, int]:
-    sizes: dict[str, int] = {}
-    for name in ckpt.companions:
-        if name != RECORD:
-            try:
-                sizes[name] = (ckpt.path / name).stat().st_size
-            except OSError as error:
-                raise CheckpointError(f"{ckpt.path / name}: cannot be read: {error.strerror}") from None
-    return sizes
+    return {name: source_status(ckpt.path / name).st_size for name in ckpt.companions if name != RECORD}
+
+
+def source_status(path: Path) -> os.stat_result:
+    """Size and times of a file of the source.
+
+    Raises:
+        CheckpointError: it is gone.
+    """
+    try:
+        return path.stat()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None

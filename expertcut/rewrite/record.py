@@ -44,7 +44,7 @@ class Record(BaseModel):
     @classmethod
     def of(cls, ckpt: Checkpoint, before: Size, layout: Layout, plan: Plan) -> Self:
         """Return the record of a rewrite."""
-        source = Path(os.path.abspath(ckpt.name)).name if Path(ckpt.name).is_dir() else ckpt.name
+        source = ckpt.path.resolve().name if os.path.isdir(ckpt.name) else ckpt.name
         after = Size(nbytes=layout.nbytes, experts=layout.experts, top_k=layout.top_k)
         return cls(tool=f"expertcut {expertcut.__version__}", source=source, before=before, after=after, plan=plan)
 
@@ -66,4 +66,4 @@ class Record(BaseModel):
     def to_bytes(self) -> bytes:
         """Return the file's contents."""
         document = self.model_dump(mode="json", by_alias=True, exclude_none=True)
-        return (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode()
+        return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()

@@ -14,16 +14,14 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import expertcut
 from expertcut.checkpoint import Checkpoint
 from expertcut.checkpoint.local import INDEX
 from expertcut.choose.plan import Plan
-from expertcut.errors import CheckpointError
 from expertcut.model import Geometry, check_fingerprint
 from expertcut.rewrite.config import config_bytes
-from expertcut.rewrite.copy import Copier, WriteBack, write_all, write_shard
+from expertcut.rewrite.copy import Copier, WriteBack, copy_file, write_file, write_shard
 from expertcut.rewrite.destination import (
     check_replaceable,
     check_space,
@@ -34,8 +32,8 @@ from expertcut.rewrite.destination import (
     resolve_destination,
     sync_folder,
 )
-from expertcut.rewrite.journal import NAME, Journal, open_journal
-from expertcut.rewrite.layout import MAX_SHARD_SIZE, RECORD, Layout, OutShard, plan_layout
+from expertcut.rewrite.journal import Journal, open_journal
+from expertcut.rewrite.layout import MAX_SHARD_SIZE, RECORD, Layout, OutShard, plan_layout, source_status
 from expertcut.rewrite.record import Record, Size
 
 Progress = Callable[[int, int], None]
@@ -87,9 +85,11 @@ def prune(
     before = Size(nbytes=ckpt.nbytes, experts=geometry.num_experts, top_k=geometry.top_k)
     record = Record.of(ckpt, before, layout, plan).to_bytes()
     identity = {
-        "source": _source_identity(ckpt), "plan": _sha256(plan.model_dump(mode="json")),
-        "shard size": str(max_shard_size), "version of expertcut": expertcut.__version__,
-    }  # fmt: skip
+        "source": _source_identity(ckpt),
+        "plan": hashlib.sha256(plan.model_dump_json().encode()).hexdigest(),
+        "shard size": str(max_shard_size),
+        "version of expertcut": expertcut.__version__,
+    }
     needed = sum(layout.files.values()) + len(record) + len(config_bytes(layout.config))
     job = _Job(ckpt, layout, record, target, partial_folder(target), progress or (lambda done, total: None))
     with destination_errors(target, needed):
@@ -132,12 +132,12 @@ class _Job:
         return resumed, written, seconds
 
     def _sweep(self) -> dict[str, str]:
-        """If a former run was killed after the rename, remove what it left and return what it was."""
+        """If a former run was killed before it began or after the rename, remove what it left; return what it was."""
         with open_journal(self.partial) as journal:
-            if journal.inode is None or not self.target.is_dir() or self.target.stat().st_ino != journal.inode:
-                return {}
-            discard(self.partial)
-            return journal.identity
+            published = self.target.is_dir() and self.target.stat().st_ino == journal.inode
+            if published or journal.blank:
+                discard(self.partial)
+            return journal.identity if published else {}
 
     def _write_shards(self, journal: Journal) -> int:
         self.made.mkdir(exist_ok=True)
@@ -145,6 +145,7 @@ class _Job:
         total = sum(shard.nbytes for shard in self.layout.shards)
         wanted = sum(shard.nbytes for shard in todo)
         done = total - wanted
+        self.progress(done, total)
 
         def advance(nbytes: int) -> None:
             nonlocal done
@@ -170,52 +171,27 @@ class _Job:
 
     def _is_done(self, shard: OutShard, journal: Journal) -> bool:
         path = self.made / shard.name
-        return journal.finished.get(shard.name) == shard.nbytes and path.stat().st_size == shard.nbytes
+        return journal.finished.get(shard.name) == shard.nbytes and path.is_file() and path.stat().st_size == shard.nbytes
 
     def _write_rest(self) -> None:
         """Small files, always written anew; the index is the last."""
         write_file(self.made / "config.json", config_bytes(self.layout.config))
         for name, nbytes in self.layout.companions.items():
-            self._copy_companion(name, nbytes)
+            (self.made / name).parent.mkdir(parents=True, exist_ok=True)
+            copy_file(self.ckpt.path, name, nbytes, self.made / name)
         write_file(self.made / RECORD, self.record)
         if self.layout.index:
             write_file(self.made / INDEX, self.layout.index)
-        for folder in {(self.made / name).parent for name in (*self.layout.companions, RECORD)}:
-            for parent in (folder, *folder.parents[: len(folder.parts) - len(self.made.parts)]):
-                sync_folder(parent)
-
-    def _copy_companion(self, name: str, nbytes: int) -> None:
-        path = self.made / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            data = (self.ckpt.path / name).read_bytes()
-        except OSError as error:
-            raise CheckpointError(f"{self.ckpt.path / name}: cannot be read: {error.strerror}") from None
-        if len(data) != nbytes:
-            raise CheckpointError(f"{self.ckpt.path / name}: {len(data)} bytes, {nbytes} when it was opened")
-        write_file(path, data)
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Write a small file and sync it."""
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
-    try:
-        write_all(file, data, 0)
-        os.fsync(file)
-    finally:
-        os.close(file)
+        for folder, _, _ in os.walk(self.made):
+            sync_folder(Path(folder))
 
 
 def _source_identity(ckpt: Checkpoint) -> str:
     """Hash of config, every tensor's place, and every file's size and time of change."""
-    files = [*ckpt.shards, *ckpt.companions, "config.json"]
-    facts: list[Any] = [ckpt.config]
-    for name in files:
-        status = (ckpt.path / name).stat()
-        facts.append([name, status.st_size, status.st_mtime_ns])
-    facts += ([t.name, t.dtype, t.shape, t.shard, t.start, t.end] for t in ckpt.tensors.values())
-    return _sha256(facts)
-
-
-def _sha256(document: Any) -> str:
-    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps(ckpt.config, sort_keys=True).encode())
+    for name in (*ckpt.shards, *ckpt.companions, "config.json"):
+        status = source_status(ckpt.path / name)
+        digest.update(repr((name, status.st_size, status.st_mtime_ns)).encode())
+    for tensor in ckpt.tensors.values():
+        digest.update(repr(tensor).encode())
+    return digest.hexdigest()

@@ -91,3 +91,9 @@ def test_recipes_are_found_where_a_wheel_puts_them(tmp_path: Path, monkeypatch: 
     shutil.rmtree(package)
     with pytest.raises(DataError, match="recipes are missing"):
         recipes.calibration_dir()
+
+
+def test_the_documented_recipe_is_valid() -> None:
+    text = (recipes.calibration_dir() / "README.md").read_text(encoding="utf-8")
+    recipe = Recipe.model_validate(yaml.safe_load(text.split("```yaml\n")[1].split("```")[0]))
+    assert [source.kind for source in recipe.sources] == ["hub", "file", "builtin", "arithmetic", "self"]

@@ -1,0 +1,190 @@
+"""Two checkpoints and the kept experts in; what is missing, misshapen or changed out, one line each.
+
+Works from the source's geometry alone, not from the layout that wrote the new checkpoint. Memory is bounded: long parts
+are compared buffer by buffer, tensors of short parts in pieces.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+
+from expertcut.checkpoint import Checkpoint, TensorInfo
+from expertcut.errors import CheckpointError
+from expertcut.model import ExpertTensor, Geometry, Sliced
+
+BUFFER = 256 * 2**10
+PIECE = 8 * 2**20
+SHORT = 16 * 2**10
+"""Bytes: an expert's part of a sliced tensor below that is compared in memory, many at a time."""
+
+Bytes = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class Survivor:
+    """A tensor that must be there, and what it must hold."""
+
+    name: str
+    source: TensorInfo
+    shape: tuple[int, ...]
+    kept: Sequence[int] | None = None
+    """For a sliced tensor the kept experts; otherwise all bytes must be equal."""
+    axis: int = 0
+
+
+def survivors(source: Checkpoint, geometry: Geometry, kept: Mapping[str, Sequence[int]]) -> Iterator[Survivor]:
+    """Yield what the kept experts leave of the source, in source order."""
+    for name, role in geometry.roles.items():
+        old = source.tensors[name]
+        if isinstance(role, ExpertTensor):
+            ids = kept[role.block]
+            if role.expert in ids:
+                new = f"{geometry.blocks[role.block].expert_prefix}{ids.index(role.expert)}.{role.part}"
+                yield Survivor(new, old, old.shape)
+        elif isinstance(role, Sliced):
+            ids, axis = kept[role.block], role.axis
+            shape = (*old.shape[:axis], len(ids) * role.unit, *old.shape[axis + 1 :])
+            yield Survivor(name, old, shape, ids, axis)
+        else:
+            yield Survivor(name, old, old.shape)
+
+
+def wrong_tensors(ckpt: Checkpoint, expected: Sequence[Survivor]) -> Iterator[str]:
+    """Yield tensors that are missing, not of the source's dtype, misshapen, or too many."""
+    for survivor in expected:
+        found, old = ckpt.tensors.get(survivor.name), survivor.source
+        if found is None:
+            yield f"{ckpt.path}: no tensor {survivor.name} (from {old.name})"
+        elif (found.dtype, found.shape) != (old.dtype, survivor.shape):
+            yield (
+                f"{ckpt.path / found.shard}: tensor {found.name} is {found.dtype} {list(found.shape)}, "
+                f"expected {old.dtype} {list(survivor.shape)}"
+            )
+    names = {survivor.name for survivor in expected}
+    for name, found in ckpt.tensors.items():
+        if name not in names:
+            yield f"{ckpt.path / found.shard}: tensor {name} should not be there"
+
+
+def changed_tensors(ckpt: Checkpoint, source: Checkpoint, expected: Sequence[Survivor]) -> Iterator[str]:
+    """Yield tensors whose bytes are not those of the source; reads both checkpoints once.
+
+    Raises:
+        CheckpointError: a file cannot be read or has become shorter.
+    """
+    with _Reader(source.path) as old, _Reader(ckpt.path) as new:
+        for survivor in expected:
+            found = ckpt.tensors.get(survivor.name)
+            if found is None or found.nbytes != prod_bytes(survivor):
+                yield f"{ckpt.path}: tensor {survivor.name} is missing or of another size"
+            elif not _equal(survivor, found, old, new):
+                yield f"{ckpt.path / found.shard}: tensor {survivor.name} differs from {survivor.source.name}"
+
+
+def changed_files(ckpt: Checkpoint, source: Checkpoint, names: Sequence[str]) -> Iterator[str]:
+    """Yield companions whose bytes are not those of the source.
+
+    Raises:
+        CheckpointError: a file of the source cannot be read.
+    """
+    with _Reader(source.path) as old, _Reader(ckpt.path) as new:
+        for name in names:
+            path, size = ckpt.path / name, (source.path / name).stat().st_size
+            same = path.is_file() and path.stat().st_size == size
+            if not same or not _ranges_equal(old, name, 0, new, name, 0, size):
+                yield f"{path}: {'differs from the source' if path.is_file() else 'missing'}"
+
+
+def prod_bytes(survivor: Survivor) -> int:
+    """Return the bytes that a survivor must have."""
+    size = prod(survivor.source.shape)
+    return survivor.source.nbytes * prod(survivor.shape) // size if size else 0
+
+
+def _equal(survivor: Survivor, found: TensorInfo, old: _Reader, new: _Reader) -> bool:
+    source, axis = survivor.source, survivor.axis
+    if survivor.kept is None or not found.nbytes:
+        return _ranges_equal(old, source.shard, source.start, new, found.shard, found.start, found.nbytes)
+    slabs, count = prod(source.shape[:axis]), len(survivor.kept)
+    part = found.nbytes // (slabs * count)
+    experts = source.nbytes // (slabs * part)
+    if part >= SHORT:
+        return all(
+            _ranges_equal(
+                old, source.shard, source.start + (slab * experts + expert) * part,
+                new, found.shard, found.start + (slab * count + place) * part, part,
+            )
+            for slab in range(slabs)
+            for place, expert in enumerate(survivor.kept)
+        )  # fmt: skip
+    step = max(1, PIECE // (experts * part))
+    for first in range(0, slabs, step):
+        rows = min(step, slabs - first)
+        before = old.read(source.shard, source.start + first * experts * part, rows * experts * part)
+        after = new.read(found.shard, found.start + first * count * part, rows * count * part)
+        chosen = before.reshape(rows, experts, part)[:, list(survivor.kept)]
+        if not np.array_equal(chosen, after.reshape(rows, count, part)):
+            return False
+    return True
+
+
+def _ranges_equal(old: _Reader, name: str, start: int, new: _Reader, other: str, begin: int, nbytes: int) -> bool:
+    for done in range(0, nbytes, BUFFER):
+        size = min(BUFFER, nbytes - done)
+        if not np.array_equal(old.buffered(name, start + done, size), new.buffered(other, begin + done, size)):
+            return False
+    return True
+
+
+class _Reader:
+    """Bytes of the files under a directory; one file is open at a time."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._name = ""
+        self._file = -1
+        self._buffer: Bytes = np.empty(BUFFER, np.uint8)
+
+    def buffered(self, name: str, offset: int, nbytes: int) -> Bytes:
+        """At most BUFFER bytes, valid until the next call."""
+        return self._fill(name, offset, self._buffer[:nbytes])
+
+    def read(self, name: str, offset: int, nbytes: int) -> Bytes:
+        return self._fill(name, offset, np.empty(nbytes, np.uint8))
+
+    def _fill(self, name: str, offset: int, target: Bytes) -> Bytes:
+        path, done = self._root / name, 0
+        try:
+            if name != self._name:
+                self.close()
+                self._file, self._name = os.open(path, os.O_RDONLY | os.O_CLOEXEC), name
+            while done < target.nbytes:
+                got = os.preadv(self._file, [target[done:]], offset + done)
+                if not got:
+                    raise CheckpointError(f"{path}: ends at byte {offset + done}; it has changed since it was opened")
+                done += got
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+        return target
+
+    def close(self) -> None:
+        if self._file >= 0:
+            os.close(self._file)
+        self._file, self._name = -1, ""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,171 @@
+"""A written checkpoint in, checks out: is it whole and consistent, and do the survivors' bytes equal the source's?
+
+Nothing of the layout that wrote it is used: what must be where follows from the two checkpoints' own geometries and the
+plan in `expertcut.json`. Checks are data; `require` raises.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from expertcut.checkpoint import DTYPE_BITS, Checkpoint, load_json, open_checkpoint, read_header
+from expertcut.checkpoint.local import INDEX, SINGLE
+from expertcut.choose.plan import kept_by_block, reachable, validate
+from expertcut.errors import CheckpointError, PlanError, VerifyError
+from expertcut.model import Geometry, check_fingerprint, read_geometry
+from expertcut.rewrite.compare import changed_files, changed_tensors, survivors, wrong_tensors
+from expertcut.rewrite.config import differences, edit_config
+from expertcut.rewrite.destination import partial_folder
+from expertcut.rewrite.layout import RECORD
+from expertcut.rewrite.record import Record
+
+SHOWN = 5
+"""Findings that a failed check names; the others are counted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One question and its answer."""
+
+    name: str
+    ok: bool
+    detail: str
+    """What was found: where and against what, if it failed."""
+
+
+def require(checks: Iterable[Check]) -> None:
+    """Do nothing if all checks passed.
+
+    Raises:
+        VerifyError: naming the checks that failed and what they found.
+    """
+    failed = [check for check in checks if not check.ok]
+    if failed:
+        raise VerifyError("; ".join(f"{check.name}: {check.detail}" for check in failed))
+
+
+def verify_structure(out: str | Path | Checkpoint, source: Checkpoint | None = None) -> list[Check]:
+    """Check a checkpoint by its headers, config and record, and against those of its source where that is given.
+
+    Stops early where what is missing makes further questions pointless.
+    """
+    try:
+        ckpt = out if isinstance(out, Checkpoint) else open_checkpoint(out)
+    except CheckpointError as error:
+        return [Check("opens", False, error.message)]
+    opened = f"{len(ckpt.tensors)} tensors in {len(ckpt.shards)} shards; headers, files and index agree"
+    checks = [
+        Check("opens", True, opened),
+        _check("files", _wrong_files(ckpt), "named and numbered as runtimes expect; nothing stale, nothing unfinished"),
+    ]
+    try:
+        geometry = read_geometry(ckpt)
+        experts = f"0..{geometry.num_experts - 1} in {len(geometry.blocks)} blocks; routers, biases and config agree"
+        routable = f"top-{geometry.top_k} of {geometry.num_experts} experts can be reached"
+        checks.append(Check("experts", True, experts))
+        checks.append(_check("routing", _unroutable(geometry), routable))
+        record = Record.load(ckpt.path)
+    except CheckpointError as error:
+        return [*checks, Check("experts" if len(checks) == 2 else "record", False, error.message)]
+    agreed = f"{RECORD} and its plan agree with the checkpoint"
+    checks.append(_check("record", _wrong_record(record, ckpt, geometry), agreed))
+    return checks + (_against(source, ckpt, record) if source else [])
+
+
+def verify_bytes(out: str | Path | Checkpoint, source: Checkpoint) -> list[Check]:
+    """Check that the bytes of every tensor and of every companion are the source's; both are read once.
+
+    Raises:
+        CheckpointError: the source cannot be read.
+    """
+    geometry = read_geometry(source)
+    try:
+        ckpt = out if isinstance(out, Checkpoint) else open_checkpoint(out)
+        expected = list(survivors(source, geometry, kept_by_block(Record.load(ckpt.path).plan, geometry)))
+    except (CheckpointError, PlanError) as error:
+        return [Check("tensor bytes", False, error.message)]
+    files = [name for name in source.companions if name != RECORD]
+    return [
+        _check("tensor bytes", changed_tensors(ckpt, source, expected), f"{ckpt.nbytes} bytes equal the source's"),
+        _check("companions", changed_files(ckpt, source, files), f"{len(files)} files equal the source's"),
+    ]
+
+
+def _check(name: str, findings: Iterable[str], passed: str) -> Check:
+    found = list(findings)
+    more = f" (and {len(found) - SHOWN} more)" if len(found) > SHOWN else ""
+    return Check(name, not found, "; ".join(found[:SHOWN]) + more if found else passed)
+
+
+def _wrong_files(ckpt: Checkpoint) -> Iterator[str]:
+    count = len(ckpt.shards)
+    names = [SINGLE] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    if list(ckpt.shards) != names:
+        yield f"{ckpt.path}: shards are {', '.join(ckpt.shards)}, expected {names[0]} … {names[-1]}"
+    for shard in ckpt.shards:
+        if read_header(ckpt.path / shard)[1].get("format") != "pt":
+            yield f'{ckpt.path / shard}: header metadata lacks "format": "pt"'
+    for tensor in ckpt.tensors.values():
+        if tensor.start % max(1, DTYPE_BITS[tensor.dtype] // 8):
+            yield f"{ckpt.path / tensor.shard}: tensor {tensor.name} is not aligned to its {tensor.dtype} elements"
+    if ckpt.indexed:
+        total = load_json(ckpt.path / INDEX).get("metadata", {}).get("total_size")
+        if total != ckpt.nbytes:
+            yield f"{ckpt.path / INDEX}: total_size is {total}, expected {ckpt.nbytes}"
+    known = {"config.json", *ckpt.shards, *ckpt.companions, *([INDEX] if ckpt.indexed else [])}
+    for folder, folders, files in os.walk(ckpt.path):
+        folders[:] = [name for name in folders if not name.startswith((".", "__pycache__"))]
+        for name in files:
+            if not name.startswith(".") and Path(folder, name).relative_to(ckpt.path).as_posix() not in known:
+                yield f"{Path(folder, name)}: stale, belongs to no part of the checkpoint"
+    if partial_folder(ckpt.path.absolute()).exists():
+        yield f"{partial_folder(ckpt.path.absolute())}: left by an unfinished run"
+
+
+def _unroutable(geometry: Geometry) -> Iterator[str]:
+    experts, groups, best = geometry.num_experts, geometry.n_group, geometry.family.group_best
+    if groups > 1 and experts // groups < best:
+        yield f"config.json: {experts // groups} experts per group, but the router ranks groups by their {best} best"
+    if geometry.top_k > reachable(geometry, experts):
+        usable = reachable(geometry, experts)
+        yield f"config.json: top-{geometry.top_k}, but a token can reach only {usable} of {experts} experts"
+
+
+def _wrong_record(record: Record, ckpt: Checkpoint, geometry: Geometry) -> Iterator[str]:
+    facts = (
+        ("nbytes", record.after.nbytes, ckpt.nbytes),
+        ("experts", record.after.experts, geometry.num_experts),
+        ("top_k", record.after.top_k, geometry.top_k),
+    )
+    for what, recorded, found in facts:
+        if recorded != found:
+            yield f"{ckpt.path / RECORD}: {what} is {recorded}, the checkpoint has {found}"
+    for block in geometry.trunk:
+        kept = record.plan.layers[block.prefix].kept if block.prefix in record.plan.layers else ()
+        if len(kept) != geometry.num_experts:
+            yield f"{ckpt.path / RECORD}: plan keeps {len(kept)} experts in {block.prefix}, found {geometry.num_experts}"
+
+
+def _against(source: Checkpoint, ckpt: Checkpoint, record: Record) -> list[Check]:
+    geometry = read_geometry(source)
+    try:
+        validate(record.plan, geometry)
+        check_fingerprint(record.plan.source.fingerprint, source, geometry)
+    except PlanError as error:
+        return [Check("plan", False, f"{ckpt.path / RECORD}: {error.message}")]
+    expected = list(survivors(source, geometry, kept_by_block(record.plan, geometry)))
+    edits = geometry.config_edits(source.config, record.plan.experts, record.plan.top_k(geometry))
+    config = (
+        f"{ckpt.path / 'config.json'}: {'.'.join(d.path)} is {d.new!r}, expected {d.old!r}"
+        for d in differences(edit_config(source.config, edits), ckpt.config)
+    )
+    changed = ", ".join(f"{'.'.join(edit.path)} {edit.old} → {edit.new}" for edit in edits) or "nothing"
+    survived = f"{len(expected)} of {len(source.tensors)} survive, in the source's dtypes and shapes"
+    return [
+        Check("plan", True, f"fits {source.name}, which it was made for"),
+        _check("tensors", wrong_tensors(ckpt, expected), survived),
+        _check("config", config, f"changed: {changed}; all else as in the source, quantization_config included"),
+    ]
