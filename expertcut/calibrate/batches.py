@@ -33,12 +33,14 @@ class Batch:
         return None if bool(valid.all()) else valid.long()
 
     def halves(self) -> tuple[Batch, Batch]:
-        """Split by sequences; B must be at least 2."""
+        """Split by sequences, each half as wide as its longest one; B must be at least 2."""
         cut = len(self.rows) // 2
-        return (
-            Batch(self.rows[:cut], self.ids[:cut], self.domain[:cut]),
-            Batch(self.rows[cut:], self.ids[cut:], self.domain[cut:]),
-        )
+        return self._part(slice(0, cut)), self._part(slice(cut, None))
+
+    def _part(self, which: slice) -> Batch:
+        domain = self.domain[which]
+        width = int((domain != PADDING).sum(1).max())
+        return Batch(self.rows[which], self.ids[which, :width], domain[:, :width])
 
 
 def make_batches(sequences: Sequence[np.ndarray], domains: Sequence[int], micro_tokens: int) -> list[Batch]:

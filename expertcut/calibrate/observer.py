@@ -9,6 +9,7 @@ Shapes: T tokens, K top-k, S = T·K routed pairs sorted by expert, E experts, H 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -22,6 +23,9 @@ from expertcut.model import Family
 NAME = "expertcut"
 """Name under which the experts implementation is registered with transformers."""
 
+CHUNK_ROWS = 1024
+"""Routed pairs whose intermediates are held at a time, on a CPU."""
+
 
 def register() -> None:
     """Make the observing experts implementation known to transformers; harmless when repeated."""
@@ -33,33 +37,65 @@ def observed_experts(
 ) -> torch.Tensor:
     """Grouped forward of all routed experts, (T, H) → (T, H), equal bit for bit to transformers' `grouped_mm`.
 
-    With an `Observer` attached to the module, its statistics are recorded on the way.
+    With an `Observer` attached to the module, its statistics are recorded on the way. On a CPU a few experts are taken
+    at a time: their intermediates stay in the cache, and only the (S, H) outputs are held whole.
     """
+    observer: Observer | None = experts.__dict__.get("_expertcut_observer")
     tokens, top_k = top_k_index.shape
     ids_S, perm = torch.sort(top_k_index.reshape(-1))
-    counts = torch.bincount(ids_S, minlength=experts.num_experts)
-    offsets = counts.cumsum(0, dtype=torch.int32)
-    x = hidden_states[perm // top_k]
-    x = _project(experts, "gate_up_proj" if experts.has_gate else "up_proj", x, offsets, ids_S)
-    x = experts._apply_gate(x) if experts.has_gate else experts.act_fn(x)
-    observer: Observer | None = experts.__dict__.get("_expertcut_observer")
-    act_S = torch.linalg.vector_norm(x, ord=float("inf"), dim=-1) if observer is not None else None
-    x = _project(experts, "down_proj", x, offsets, ids_S)
-    if getattr(experts, "has_post_expert_norm", False):
-        x = experts.post_expert_norm(x)
-    inverse = torch.empty_like(perm)
-    inverse[perm] = torch.arange(perm.numel(), device=perm.device)
-    plain_SH = x if observer is not None and observer.moments else None
-    weighted_TKH = (x * top_k_weights.reshape(-1)[perm].unsqueeze(-1))[inverse].view(tokens, top_k, -1)
+    gate_S1 = top_k_weights.reshape(-1)[perm].unsqueeze(-1)
+    counts_E = torch.bincount(ids_S, minlength=experts.num_experts)
+    weighted_SH = act_S = plain_SH = None
+    for some, rows in _chunks(counts_E):
+        at = perm[rows]
+        offsets = counts_E[some].cumsum(0, dtype=torch.int32)
+        x = hidden_states[at // top_k]
+        x = _project(experts, "gate_up_proj" if experts.has_gate else "up_proj", x, some, offsets, ids_S[rows])
+        x = experts._apply_gate(x) if experts.has_gate else experts.act_fn(x)
+        if observer is not None:
+            act_S = _put(act_S, x.abs().amax(-1), at, perm)
+        x = _project(experts, "down_proj", x, some, offsets, ids_S[rows])
+        if experts.has_post_expert_norm:
+            x = experts.post_expert_norm(x)
+        if observer is not None and observer.moments:
+            plain_SH = _put(plain_SH, x, at, perm)
+        weighted_SH = _put(weighted_SH, x * gate_S1[rows], at, perm)
+    assert weighted_SH is not None
+    weighted_TKH = weighted_SH.view(tokens, top_k, -1)
     if observer is not None and act_S is not None:
-        out = None if plain_SH is None else plain_SH[inverse].view(tokens, top_k, -1)
-        observer.record(top_k_index, top_k_weights, weighted_TKH, act_S[inverse].view(tokens, top_k), out)
+        out = None if plain_SH is None else plain_SH.view(tokens, top_k, -1)
+        observer.record(top_k_index, top_k_weights, weighted_TKH, act_S.view(tokens, top_k), out)
     return weighted_TKH.sum(dim=1).to(hidden_states.dtype)
 
 
-def _project(experts: Any, name: str, x: torch.Tensor, offsets: torch.Tensor, ids_S: torch.Tensor) -> torch.Tensor:
-    bias = getattr(experts, f"{name}_bias")[ids_S] if experts.has_bias else None
-    return _grouped_linear(x, getattr(experts, name), offsets, bias, experts.is_transposed)
+def _chunks(counts_E: torch.Tensor) -> Iterator[tuple[slice, slice]]:
+    """Yield (experts, their rows) of at most `CHUNK_ROWS` rows or one expert; all at once where counting would wait."""
+    experts = len(counts_E)
+    if counts_E.device.type != "cpu":
+        yield slice(0, experts), slice(None)
+        return
+    first = start = stop = 0
+    for expert, count in enumerate(counts_E.tolist()):
+        if stop > start and stop + count - start > CHUNK_ROWS:
+            yield slice(first, expert), slice(start, stop)
+            first, start = expert, stop
+        stop += count
+    yield slice(first, experts), slice(start, stop)
+
+
+def _put(all_S: torch.Tensor | None, rows: torch.Tensor, at: torch.Tensor, perm: torch.Tensor) -> torch.Tensor:
+    """Write rows to their places in the tokens' order; the first call makes room for all S of them."""
+    if all_S is None:
+        all_S = rows.new_empty(len(perm), *rows.shape[1:])
+    all_S[at] = rows
+    return all_S
+
+
+def _project(
+    experts: Any, name: str, x: torch.Tensor, some: slice, offsets: torch.Tensor, ids: torch.Tensor
+) -> torch.Tensor:
+    bias = getattr(experts, f"{name}_bias")[ids] if experts.has_bias else None
+    return _grouped_linear(x, getattr(experts, name)[some], offsets, bias, experts.is_transposed)
 
 
 class Observer:
@@ -137,5 +173,5 @@ def _gram(weighted_TKH: torch.Tensor) -> torch.Tensor:
         return torch.bmm(weighted_TKH, weighted_TKH.transpose(1, 2))
     if weighted_TKH.is_cuda:
         return torch.bmm(weighted_TKH, weighted_TKH.transpose(1, 2), out_dtype=torch.float32)
-    wide = weighted_TKH.float()
-    return torch.bmm(wide, wide.transpose(1, 2))
+    wide = (some.float() for some in weighted_TKH.split(CHUNK_ROWS // weighted_TKH.shape[1] or 1))
+    return torch.cat([torch.bmm(some, some.transpose(1, 2)) for some in wide])

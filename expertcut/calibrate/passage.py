@@ -14,7 +14,7 @@ from torch import nn
 from expertcut.calibrate.batches import Batch
 from expertcut.calibrate.executor import LayerStream, Prepared
 from expertcut.calibrate.observer import Observer
-from expertcut.calibrate.transfer import fetch, park
+from expertcut.calibrate.transfer import fetch, park, settle
 from expertcut.errors import ExpertcutError
 
 Notify = Callable[[str], None]
@@ -81,8 +81,10 @@ class Passage:
         self.prepared[at : at + 1] = [self.stream.prepare(half) for half in halves]
         for prepared in self.prepared[at : at + 2]:
             prepared.hidden = prepared.hidden[:0]
+        widths = [half.ids.shape[1] for half in halves]
+        settle(self.stream.device)
         for hidden in self.hidden:
-            hidden[at : at + 1] = [hidden[at][:cut].clone(), hidden[at][cut:].clone()]
+            hidden[at : at + 1] = [hidden[at][:cut, : widths[0]].clone(), hidden[at][cut:, : widths[1]].clone()]
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from expertcut.errors import ProfileError, UsageError
+from expertcut.errors import DestinationError, ProfileError, UsageError
 from expertcut.model.fingerprint import TOLERANCE, Fingerprint
 
 SCHEMA: Literal["expertcut.profile/1"] = "expertcut.profile/1"
@@ -261,6 +261,18 @@ class Profile:
                 found = self.arrays.shape(name) if isinstance(self.arrays, _LazyArrays) else self.arrays[name].shape
                 if tuple(found) != shape:
                     raise ProfileError(f"{where / ARRAYS}: {name} has shape {list(found)}, expected {list(shape)}")
+
+
+def refuse_existing(directory: Path, force: bool) -> None:
+    """Keep a complete profile from being replaced by mistake.
+
+    Raises:
+        DestinationError: there is one, and no `force`; or what is there is no directory.
+    """
+    if os.path.lexists(directory) and not directory.is_dir():
+        raise DestinationError(f"{directory}: not a directory", "name a new directory for the profile")
+    if (directory / JSON).exists() and not force:
+        raise DestinationError(f"{directory}: holds a profile", "name a new directory, or replace it with --force")
 
 
 def merge(first: Profile, second: Profile) -> Profile:

@@ -40,6 +40,12 @@ class Survivor:
     """For a sliced tensor the kept experts; otherwise all bytes must be equal."""
     axis: int = 0
 
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        size = prod(self.source.shape)
+        return self.source.nbytes * prod(self.shape) // size if size else 0
+
 
 def survivors(source: Checkpoint, geometry: Geometry, kept: Mapping[str, Sequence[int]]) -> Iterator[Survivor]:
     """Yield what the kept experts leave of the source, in source order."""
@@ -84,7 +90,7 @@ def changed_tensors(ckpt: Checkpoint, source: Checkpoint, expected: Sequence[Sur
     with _Reader(source.path) as old, _Reader(ckpt.path) as new:
         for survivor in expected:
             found = ckpt.tensors.get(survivor.name)
-            if found is None or found.nbytes != prod_bytes(survivor):
+            if found is None or found.nbytes != survivor.nbytes:
                 yield f"{ckpt.path}: tensor {survivor.name} is missing or of another size"
             elif not _equal(survivor, found, old, new):
                 yield f"{ckpt.path / found.shard}: tensor {survivor.name} differs from {survivor.source.name}"
@@ -102,12 +108,6 @@ def changed_files(ckpt: Checkpoint, source: Checkpoint, names: Sequence[str]) ->
             same = path.is_file() and path.stat().st_size == size
             if not same or not _ranges_equal(old, name, 0, new, name, 0, size):
                 yield f"{path}: {'differs from the source' if path.is_file() else 'missing'}"
-
-
-def prod_bytes(survivor: Survivor) -> int:
-    """Return the bytes that a survivor must have."""
-    size = prod(survivor.source.shape)
-    return survivor.source.nbytes * prod(survivor.shape) // size if size else 0
 
 
 def _equal(survivor: Survivor, found: TensorInfo, old: _Reader, new: _Reader) -> bool:
@@ -168,7 +168,7 @@ class _Reader:
                 self.close()
                 self._file, self._name = os.open(path, os.O_RDONLY | os.O_CLOEXEC), name
             while done < target.nbytes:
-                got = os.preadv(self._file, [target[done:]], offset + done)
+                got = os.preadv(self._file, [target[done:].data], offset + done)
                 if not got:
                     raise CheckpointError(f"{path}: ends at byte {offset + done}; it has changed since it was opened")
                 done += got

@@ -1,4 +1,4 @@
-"""The raw config in; the same config with the owned keys replaced out. Every other key keeps its value and its place."""
+"""The raw config in, the same config with the owned keys replaced out; every other key keeps its value and place."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The log of an unfinished rewrite: what it makes, from what, and which shards are safe on disk. Also its lock.
 
-One JSON object per line, appended and synced; a torn last line counts for nothing. First line: the identity, every part of
-which must be the same for a run to be resumed. Then a line per finished shard, and one when all is ready to be renamed.
+One JSON object per line, appended and synced; a torn last line counts for nothing. First line: the identity, every part
+of which must be the same for a run to be resumed. Then a line per finished shard, and one before the rename.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Journal:
             self._append({"schema": SCHEMA, **identity})
             self.identity = dict(identity)
             return False
-        other = [key for key in self.identity | identity if self.identity.get(key) != identity.get(key)]
+        other = [key for key in self.identity | dict(identity) if self.identity.get(key) != identity.get(key)]
         if other:
             raise DestinationError(
                 f"{self.folder}: holds an unfinished run with another {' and '.join(other)}",

@@ -1,7 +1,7 @@
 """Headers, geometry and plan in; every byte of the new shards accounted for. Pure: nothing is read, nothing written.
 
-Invariant: kept experts are renumbered 0..E'-1, and each output tensor is a list of byte ranges of its source tensor. Where
-neighbours in an output shard were neighbours in a source shard, their ranges join into one long copy.
+Invariant: kept experts are renumbered 0..E'-1, and each output tensor is a list of byte ranges of its source tensor.
+Where neighbours in an output shard were neighbours in a source shard, their ranges join into one long copy.
 """
 
 from __future__ import annotations

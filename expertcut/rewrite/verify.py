@@ -144,9 +144,10 @@ def _wrong_record(record: Record, ckpt: Checkpoint, geometry: Geometry) -> Itera
         if recorded != found:
             yield f"{ckpt.path / RECORD}: {what} is {recorded}, the checkpoint has {found}"
     for block in geometry.trunk:
-        kept = record.plan.layers[block.prefix].kept if block.prefix in record.plan.layers else ()
-        if len(kept) != geometry.num_experts:
-            yield f"{ckpt.path / RECORD}: plan keeps {len(kept)} experts in {block.prefix}, found {geometry.num_experts}"
+        layer = record.plan.layers.get(block.prefix)
+        count = len(layer.kept) if layer else 0
+        if count != geometry.num_experts:
+            yield f"{ckpt.path / RECORD}: plan keeps {count} experts in {block.prefix}, found {geometry.num_experts}"
 
 
 def _against(source: Checkpoint, ckpt: Checkpoint, record: Record) -> list[Check]:

@@ -1,7 +1,7 @@
 """Checkpoint and plan in, pruned checkpoint out; memory does not grow with the data.
 
-Order: everything is validated and laid out, then shards, config, companions, record and index are written and synced in a
-hidden sibling, then that directory gets its name. A killed run is resumed by the same command to the same bytes.
+Order: everything is validated and laid out, then shards, config, companions, record and index are written and synced in
+a hidden sibling, then that directory gets its name. A killed run is resumed by the same command to the same bytes.
 """
 
 from __future__ import annotations
@@ -79,51 +79,83 @@ def prune(
         CheckpointError: the source cannot be laid out, or changes while it is read.
         DestinationError: `out` exists, is too small, is being written to, or holds an unfinished run of another kind.
     """
-    layout = plan_layout(ckpt, geometry, plan, max_shard_size)
-    check_fingerprint(plan.source.fingerprint, ckpt, geometry)
-    target = resolve_destination(ckpt, Path(out))
-    before = Size(nbytes=ckpt.nbytes, experts=geometry.num_experts, top_k=geometry.top_k)
-    record = Record.of(ckpt, before, layout, plan).to_bytes()
+    job = prepare(ckpt, geometry, plan, out, max_shard_size)
     identity = {
         "source": _source_identity(ckpt),
         "plan": hashlib.sha256(plan.model_dump_json().encode()).hexdigest(),
         "shard size": str(max_shard_size),
         "version of expertcut": expertcut.__version__,
     }
-    needed = sum(layout.files.values()) + len(record) + len(config_bytes(layout.config))
-    job = _Job(ckpt, layout, record, target, partial_folder(target), progress or (lambda done, total: None))
-    with destination_errors(target, needed):
-        resumed, written, seconds = job.run(identity, needed, force)
+    with destination_errors(job.target, job.needed):
+        resumed, written, seconds = job.run(identity, force, progress or (lambda done, total: None))
+    layout = job.layout
     return PruneResult(
-        target, ckpt.nbytes, layout.nbytes, geometry.num_experts, layout.experts, geometry.top_k, layout.top_k,
+        job.target, ckpt.nbytes, layout.nbytes, geometry.num_experts, layout.experts, geometry.top_k, layout.top_k,
         len(layout.shards), resumed, written, seconds,
     )  # fmt: skip
 
 
+def prepare(ckpt: Checkpoint, geometry: Geometry, plan: Plan, out: str | Path, max_shard_size: int) -> Job:
+    """Validate and lay out everything; nothing is written.
+
+    Raises:
+        PlanError, CheckpointError: see `prune`.
+        DestinationError: `out` is the source, lies in it or holds it.
+    """
+    layout = plan_layout(ckpt, geometry, plan, max_shard_size)
+    check_fingerprint(plan.source.fingerprint, ckpt, geometry)
+    target = resolve_destination(ckpt, Path(out))
+    before = Size(nbytes=ckpt.nbytes, experts=geometry.num_experts, top_k=geometry.top_k)
+    record = Record.of(ckpt, before, layout, plan).to_bytes()
+    return Job(ckpt, layout, config_bytes(layout.config), record, target)
+
+
 @dataclass(frozen=True, slots=True)
-class _Job:
+class Job:
+    """A rewrite that is ready to be run."""
+
     ckpt: Checkpoint
     layout: Layout
+    config: bytes
     record: bytes
     target: Path
-    partial: Path
-    progress: Progress
+
+    @property
+    def files(self) -> dict[str, int]:
+        """Name and bytes of every file of the new checkpoint."""
+        return self.layout.files | {"config.json": len(self.config), RECORD: len(self.record)}
+
+    @property
+    def needed(self) -> int:
+        """Bytes of all files."""
+        return sum(self.files.values())
+
+    @property
+    def partial(self) -> Path:
+        """Where work is done: a hidden sibling of the destination."""
+        return partial_folder(self.target)
 
     @property
     def made(self) -> Path:
+        """The new checkpoint, until it is renamed."""
         return self.partial / "checkpoint"
 
-    def run(self, identity: dict[str, str], needed: int, force: bool) -> tuple[bool, int, float]:
-        """Return whether a run was resumed, and the bytes and seconds of writing shards."""
+    def run(self, identity: dict[str, str], force: bool, progress: Progress) -> tuple[bool, int, float]:
+        """Write it; return whether a run was resumed, and the bytes and seconds of writing shards.
+
+        Raises:
+            CheckpointError, DestinationError: see `prune`.
+            OSError: the destination cannot be written.
+        """
         if self.partial.exists() and self._sweep() == identity:
             return True, 0, 0.0
         check_replaceable(self.target, force)
-        check_space(self.target, needed)
+        check_space(self.target, self.needed)
         self.target.parent.mkdir(parents=True, exist_ok=True)
         with open_journal(self.partial) as journal:
             resumed = journal.begin(identity)
             started = time.monotonic()
-            written = self._write_shards(journal)
+            written = self._write_shards(journal, progress)
             seconds = time.monotonic() - started
             self._write_rest()
             journal.ready(self.made.stat().st_ino)
@@ -139,18 +171,18 @@ class _Job:
                 discard(self.partial)
             return journal.identity if published else {}
 
-    def _write_shards(self, journal: Journal) -> int:
+    def _write_shards(self, journal: Journal, progress: Progress) -> int:
         self.made.mkdir(exist_ok=True)
         todo = [shard for shard in self.layout.shards if not self._is_done(shard, journal)]
         total = sum(shard.nbytes for shard in self.layout.shards)
         wanted = sum(shard.nbytes for shard in todo)
         done = total - wanted
-        self.progress(done, total)
+        progress(done, total)
 
         def advance(nbytes: int) -> None:
             nonlocal done
             done += nbytes
-            self.progress(done, total)
+            progress(done, total)
 
         copier, pending = Copier(), list[tuple[OutShard, Future[None]]]()
         with WriteBack() as back:
@@ -170,12 +202,12 @@ class _Job:
             journal.finish(shard.name, shard.nbytes)
 
     def _is_done(self, shard: OutShard, journal: Journal) -> bool:
-        path = self.made / shard.name
-        return journal.finished.get(shard.name) == shard.nbytes and path.is_file() and path.stat().st_size == shard.nbytes
+        path, size = self.made / shard.name, shard.nbytes
+        return journal.finished.get(shard.name) == size and path.is_file() and path.stat().st_size == size
 
     def _write_rest(self) -> None:
         """Small files, always written anew; the index is the last."""
-        write_file(self.made / "config.json", config_bytes(self.layout.config))
+        write_file(self.made / "config.json", self.config)
         for name, nbytes in self.layout.companions.items():
             (self.made / name).parent.mkdir(parents=True, exist_ok=True)
             copy_file(self.ckpt.path, name, nbytes, self.made / name)

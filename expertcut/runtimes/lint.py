@@ -68,6 +68,14 @@ def fast_expert_counts(subject: LintSubject, maximum: int, runtimes: Collection[
     return [experts for experts in range(1, maximum + 1) if fast(experts)]
 
 
+def nearest_fast_counts(subject: LintSubject, maximum: int) -> tuple[int | None, int | None]:
+    """Return the fast expert counts next to the subject's, from below and from above up to `maximum`; None: no such."""
+    counts = fast_expert_counts(subject, maximum)
+    below = [count for count in counts if count <= subject.experts]
+    above = [count for count in counts if count >= subject.experts]
+    return max(below, default=None), min(above, default=None)
+
+
 def tp_sizes(experts: int, maximum: int = 64) -> list[int]:
     """Return the tensor-parallel sizes, powers of two up to `maximum` ranks, that a count of experts allows."""
     return [size for size in (2**i for i in range(maximum.bit_length())) if size <= min(experts, maximum)]

@@ -1,0 +1,64 @@
+"""`expertcut inspect`: what a checkpoint is, from its headers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import typer
+
+from expertcut.cli.common import output
+from expertcut.cli.options import Json, Model, Revision
+
+if TYPE_CHECKING:
+    from expertcut.model.summary import Summary
+
+
+def inspect(ctx: typer.Context, model: Model, revision: Revision = None, as_json: Json = False) -> None:
+    """Show what a checkpoint is, and what runtimes make of it. Reads headers only.
+
+    Example:
+      expertcut inspect Qwen/Qwen3-30B-A3B
+    """
+    from dataclasses import asdict
+
+    from expertcut.checkpoint import open_checkpoint
+    from expertcut.cli.tables import facts, lint_table, records
+    from expertcut.model import read_geometry
+    from expertcut.model.summary import summarise
+    from expertcut.runtimes.lint import lint, lint_subject
+
+    out = output(ctx, as_json)
+    checkpoint = open_checkpoint(model, revision)
+    geometry = read_geometry(checkpoint)
+    summary = summarise(checkpoint, geometry)
+    findings = lint(lint_subject(geometry, checkpoint.config))
+    document = {"model": checkpoint.name, **asdict(summary), "lint": records(findings)}
+    out.finish(document, facts(checkpoint.name, _rows(summary)), "", lint_table(findings, "Runtimes"))
+
+
+def _rows(s: Summary) -> list[tuple[str, object]]:
+    from expertcut.cli.tables import ranges, size
+
+    groups = f"{s.n_group}, of which a token uses {s.topk_group}" if s.n_group > 1 else "none"
+    millions = "{:,.2f} million".format
+    return [
+        ("family", s.family),
+        ("decoder layers", s.layers),
+        ("with routed experts", ranges(s.moe_layers)),
+        ("multi-token prediction", ranges(s.mtp_layers) or "none"),
+        ("experts per layer", s.experts),
+        ("top-k", s.top_k),
+        ("groups", groups),
+        ("gate weights", f"{s.scoring}, {'' if s.renormalise else 'not '}renormalised"),
+        ("hidden size", s.hidden),
+        ("expert width", s.expert_width),
+        ("positions", s.positions or "not stated"),
+        ("weights", size(s.nbytes)),
+        ("routed experts", f"{size(s.nbytes_experts)}, {s.nbytes_experts / (s.nbytes or 1):.1%} of the weights"),
+        ("one expert, all layers", size(s.nbytes_per_expert)),
+        ("parameters", millions(s.parameters / 1e6) if s.parameters is not None else "unknown (quantised)"),
+        ("activated per token", millions(s.activated / 1e6) if s.activated is not None else "unknown (quantised)"),
+        ("dtypes", ", ".join(f"{dtype} {nbytes / (s.nbytes or 1):.1%}" for dtype, nbytes in s.dtypes.items())),
+        ("shards", s.shards),
+        ("geometry", s.geometry),
+    ]

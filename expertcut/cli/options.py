@@ -1,0 +1,101 @@
+"""Arguments and options that several commands share, each defined once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+BUDGET, CHOICE, RUN = "Budget: exactly one of", "Choice", "Forward pass"
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A checkpoint: a directory, or ORG/NAME on the Hub.", show_default=False)
+]
+Revision = Annotated[
+    str | None, typer.Option("--revision", metavar="REV", help="Branch, tag or commit of a model on the Hub.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
+
+Tokens = Annotated[
+    int | None, typer.Option("--tokens", metavar="N", help="Tokens in all. Default: all there are.")
+]  # fmt: skip
+SeqLen = Annotated[
+    int | None,
+    typer.Option("--seq-len", metavar="N", help="Tokens of a sequence. Default: 2048, or the model's limit if lower."),
+]
+Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Decides every random choice.")]
+
+Device = Annotated[
+    str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.", rich_help_panel=RUN)
+]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        "--dtype", metavar="NAME", rich_help_panel=RUN,
+        help="auto, float32, bfloat16 or float16. auto: float32 on a CPU, else the checkpoint's.",
+    ),
+]  # fmt: skip
+Resident = Annotated[
+    bool, typer.Option("--resident", help="Keep all layers loaded instead of one at a time.", rich_help_panel=RUN)
+]
+MicroTokens = Annotated[
+    int,
+    typer.Option("--micro-tokens", metavar="N", min=1, help="Tokens run at a time.", rich_help_panel=RUN),
+]
+
+ProfileIn = Annotated[
+    Path | None,
+    typer.Option("--profile", metavar="DIR", help="Profile of the model.", rich_help_panel=CHOICE, show_default=False),
+]
+Strategy = Annotated[
+    str | None,
+    typer.Option(
+        "--strategy", metavar="NAME", rich_help_panel=CHOICE, show_default=False,
+        help="With a profile: frequency, soft, gate-mean, ean-sum, ean-mean, reap, gated-norm-sum, energy. "
+        "Without: random, odd, even, first, last, router-norm.",
+    ),
+]  # fmt: skip
+Experts = Annotated[
+    int | None, typer.Option("--experts", metavar="N", help="Experts to keep per layer.", rich_help_panel=BUDGET)
+]
+Keep = Annotated[
+    str | None, typer.Option("--keep", metavar="R", help="Share to keep: 0.75 or 75%.", rich_help_panel=BUDGET)
+]
+Drop = Annotated[
+    int | None, typer.Option("--drop", metavar="N", help="Experts to drop per layer.", rich_help_panel=BUDGET)
+]
+Fit = Annotated[
+    str | None,
+    typer.Option(
+        "--fit", metavar="SIZE", rich_help_panel=BUDGET,
+        help="The most experts, of those that vLLM serves fast, whose weights fit per device, such as 48GiB.",
+    ),
+]  # fmt: skip
+TensorParallel = Annotated[
+    int, typer.Option("--tp", metavar="N", help="With --fit: devices that share the weights.", rich_help_panel=BUDGET)
+]
+TopK = Annotated[
+    int | None,
+    typer.Option(
+        "--top-k", metavar="K", help="Experts activated per token. Default: unchanged.", rich_help_panel=CHOICE
+    ),
+]
+DomainWeights = Annotated[
+    str | None,
+    typer.Option(
+        "--domain-weights", metavar="D=W,…", rich_help_panel=CHOICE,
+        help="Weights of the profile's domains, such as code=2,math=1; others count 0.",
+    ),
+]  # fmt: skip
+Protect = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--protect", metavar="IDS", rich_help_panel=CHOICE, show_default=False,
+        help="Experts to keep whatever their score: LAYER:ID,… or ID,… for all layers. Repeatable.",
+    ),
+]  # fmt: skip
+ProtectSuper = Annotated[
+    bool,
+    typer.Option("--protect-super", help="Keep super experts (needs --profile).", rich_help_panel=CHOICE),
+]

@@ -1,0 +1,93 @@
+"""`expertcut profile`: one calibration pass over a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from expertcut.cli.common import output
+from expertcut.cli.options import RUN, Device, Dtype, Json, MicroTokens, Model, Resident, Revision, Seed, SeqLen
+
+
+def profile(
+    ctx: typer.Context,
+    model: Model,
+    out_dir: Annotated[
+        Path, typer.Option("--out", "-o", metavar="DIR", help="Where the profile goes.", show_default=False)
+    ],
+    calibration: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--calibration", metavar="TEXT", show_default=False,
+            help="A recipe (general, code, math, multilingual, chat, builtin, self, or a .yaml file), or a .txt, "
+            ".jsonl or .parquet file. Repeatable. Default: general.",
+        ),
+    ] = None,
+    tokens: Annotated[int, typer.Option("--tokens", metavar="N", help="Tokens in all.")] = 131072,
+    seq_len: SeqLen = None,
+    padded: Annotated[
+        bool, typer.Option("--padded", help="One document per sequence instead of packed ones; padding never counts.")
+    ] = False,
+    seed: Seed = 0,
+    force: Annotated[bool, typer.Option("--force", help="Replace a profile that is there.")] = False,
+    revision: Revision = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    resident: Resident = False,
+    micro_tokens: MicroTokens = 4096,
+    pair_domains: Annotated[
+        bool, typer.Option("--pair-domains", help="Store pair statistics per domain, not pooled.", rich_help_panel=RUN)
+    ] = False,
+    moments: Annotated[
+        bool, typer.Option("--moments", help="Store mean and variance of every expert's output.", rich_help_panel=RUN)
+    ] = False,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Run text through a model and add up what its experts do.
+
+    One decoder layer is in memory at a time. If it is interrupted, the same command resumes at the last finished layer.
+
+    Example:
+      expertcut profile MODEL --calibration mine.jsonl --tokens 65536 -o DIR
+    """
+    import time
+
+    from expertcut.calibrate.profile import refuse_existing
+    from expertcut.checkpoint import open_checkpoint
+    from expertcut.cli.tables import facts, table
+    from expertcut.cli.text import read_text
+    from expertcut.model import read_geometry
+
+    out = output(ctx, as_json)
+    refuse_existing(out_dir, force)
+    checkpoint = open_checkpoint(model, revision)
+    geometry = read_geometry(checkpoint)
+
+    from expertcut.calibrate.run import ProfileOptions, profile_model
+
+    data, tokenizer = read_text(
+        out, checkpoint, geometry, calibration or ["general"], tokens=tokens, seq_len=seq_len, seed=seed,
+        packed=not padded, device=device, dtype=dtype,
+    )  # fmt: skip
+    out_dir.mkdir(parents=True, exist_ok=True)  # a place that cannot be written is better known now
+    options = ProfileOptions(device, dtype, resident, micro_tokens, pair_domains, moments)
+    out.resumable, started = not resident, time.monotonic()
+    with out.progress("profiling", lambda speed: f"{speed:,.0f} tokens·layers/s", data.tokens) as advance:
+        made = profile_model(
+            checkpoint, geometry, data, out_dir, options, tokenizer=tokenizer.fingerprint, notify=out.note,
+            advance=advance,
+        )  # fmt: skip
+    seconds = time.monotonic() - started
+    counts = data.tokens_by_domain
+    document = {
+        "profile": str(out_dir), "model": checkpoint.name, "tokens": data.tokens, "domains": counts,
+        "seq_len": data.seq_len, "packed": data.packed, "seed": data.seed, "layers": len(made.prefixes),
+        "experts": geometry.num_experts, "top_k": geometry.top_k, "dtype": made.meta.dtype, "digest": made.digest(),
+        "seconds": seconds,
+    }  # fmt: skip
+    rows = [("profile", out_dir), ("MoE layers", len(made.prefixes)), ("forward pass", made.meta.dtype),
+            ("tokens", f"{data.tokens:,} in sequences of {data.seq_len}"), ("time", f"{seconds:.1f} s")]  # fmt: skip
+    domains = table("", ("domain", ">tokens"), [(name, f"{count:,}") for name, count in counts.items()])
+    out.finish(document, facts("", rows), domains, f"next: expertcut show {out_dir}")

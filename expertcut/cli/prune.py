@@ -1,0 +1,154 @@
+"""`expertcut prune`: write the smaller checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from expertcut.cli import options as o
+from expertcut.cli.common import Output, output
+from expertcut.errors import UsageError
+
+if TYPE_CHECKING:
+    from expertcut.checkpoint import Checkpoint
+    from expertcut.choose.plan import Plan
+    from expertcut.cli.planning import Choice
+    from expertcut.model import Geometry
+
+
+def prune(
+    ctx: typer.Context,
+    model: o.Model,
+    out_dir: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to write.", show_default=False)],
+    plan: Annotated[
+        Path | None,
+        typer.Option("--plan", metavar="FILE", help="A plan; or give the options that make one.", show_default=False),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and write nothing.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint that expertcut wrote.")] = False,
+    max_shard_size: Annotated[str, typer.Option("--max-shard-size", metavar="SIZE", help="Weights per file.")] = "5GB",
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not check structure and bytes after.")] = False,
+    strategy: o.Strategy = None,
+    profile: o.ProfileIn = None,
+    top_k: o.TopK = None,
+    domain_weights: o.DomainWeights = None,
+    protect: o.Protect = None,
+    protect_super: o.ProtectSuper = False,
+    experts: o.Experts = None,
+    keep: o.Keep = None,
+    drop: o.Drop = None,
+    fit: o.Fit = None,
+    tp: o.TensorParallel = 1,
+    seed: o.Seed = 0,
+    revision: o.Revision = None,
+    as_json: o.Json = False,
+) -> None:
+    """Write the checkpoint that a plan leaves, and check it.
+
+    If it is interrupted, the same command resumes.
+
+    Example:
+      expertcut prune MODEL OUT --plan half.json --dry-run
+    """
+    from expertcut.checkpoint import open_checkpoint
+    from expertcut.choose import parse_size
+    from expertcut.cli.planning import Choice
+    from expertcut.model import read_geometry
+
+    out = output(ctx, as_json)
+    shard_size = parse_size(max_shard_size)
+    checkpoint = open_checkpoint(model, revision)
+    geometry = read_geometry(checkpoint)
+    choice = Choice(
+        profile,
+        strategy,
+        experts,
+        keep,
+        drop,
+        fit,
+        tp,
+        top_k,
+        domain_weights,
+        tuple(protect or ()),
+        protect_super,
+        seed,
+    )
+    made = _plan(checkpoint, geometry, plan, choice, out.command)
+    if dry_run:
+        _preview(out, checkpoint, geometry, made, out_dir, shard_size, force)
+    else:
+        _prune(out, checkpoint, geometry, made, out_dir, shard_size, force, not no_verify)
+
+
+def _plan(checkpoint: Checkpoint, geometry: Geometry, path: Path | None, choice: Choice, command: str) -> Plan:
+    from expertcut.choose.plan import Plan
+    from expertcut.cli.planning import NO_CHOICE, build_plan
+    from expertcut.model import check_fingerprint
+
+    if path is None:
+        if choice == NO_CHOICE:
+            raise UsageError(
+                "found no plan", "pass --plan plan.json, or for example --strategy router-norm --keep 0.75"
+            )
+        return build_plan(checkpoint, geometry, choice, command)
+    if choice != NO_CHOICE:
+        raise UsageError("found --plan and options that make another plan", "give either")
+    plan = Plan.load(path)
+    check_fingerprint(plan.source.fingerprint, checkpoint, geometry)
+    return plan
+
+
+def _preview(
+    out: Output, checkpoint: Checkpoint, geometry: Geometry, plan: Plan, out_dir: Path, shard_size: int, force: bool
+) -> None:
+    from expertcut.cli.planning import outcome
+    from expertcut.cli.tables import facts, size, table
+    from expertcut.rewrite.preview import preview
+
+    layout, files = preview(checkpoint, geometry, plan, out_dir, max_shard_size=shard_size, force=force)
+    edits = [{"key": ".".join(edit.path), "old": edit.old, "new": edit.new} for edit in layout.edits]
+    members, tables = outcome(checkpoint, geometry, plan)
+    document = {"dry_run": True, "out": str(out_dir), "model": checkpoint.name, "files": files,
+                "bytes_to_write": sum(files.values()), "bytes_in_memory": layout.in_memory, "config": edits,
+                **members}  # fmt: skip
+    rows = [
+        ("would write", f"{size(sum(files.values()))} in {len(files)} files to {out_dir}"),
+        ("through memory", f"{size(layout.in_memory)} of sliced tensors; the kernel copies the rest"),
+        ("config.json", ", ".join(f"{e['key']} {e['old']} → {e['new']}" for e in edits) or "unchanged"),
+    ]
+    listing = table("", ("file", ">bytes"), [(name, f"{nbytes:,}") for name, nbytes in sorted(files.items())])
+    out.finish(document, facts("", rows), listing, *tables)
+
+
+def _prune(
+    out: Output, checkpoint: Checkpoint, geometry: Geometry, plan: Plan, out_dir: Path, shard_size: int, force: bool,
+    check: bool,
+) -> None:  # fmt: skip
+    from dataclasses import asdict
+
+    from expertcut.choose import format_size
+    from expertcut.cli.planning import outcome
+    from expertcut.cli.tables import checks_table, facts, records
+    from expertcut.rewrite import Check, require, verify_bytes, verify_structure
+    from expertcut.rewrite import prune as write
+
+    out.resumable = True
+    with out.progress("writing", lambda speed: f"{format_size(int(speed))}/s") as advance:
+        result = write(
+            checkpoint, geometry, plan, out_dir, max_shard_size=shard_size, force=force, progress=advance
+        )  # fmt: skip
+    out.resumable, checks = False, list[Check]()
+    if check:
+        with out.busy("checking structure and bytes"):
+            checks = [*verify_structure(out_dir, checkpoint), *verify_bytes(out_dir, checkpoint)]
+        require(checks)
+    members, tables = outcome(checkpoint, geometry, plan)
+    document = asdict(result) | {"out": str(out_dir), "model": checkpoint.name, "checks": records(checks)} | members
+    rate = f", {format_size(int(result.nbytes_written / result.seconds))}/s" if result.seconds else ""
+    rows = [
+        ("written", f"{out_dir}, {result.shards} shards{', resumed' if result.resumed else ''}"),
+        ("time", f"{result.seconds:.1f} s{rate}, synced to disk"),
+    ]
+    out.finish(document, facts("", rows), *([checks_table(checks)] if checks else []), *tables)

@@ -1,0 +1,124 @@
+"""`expertcut show`: what a profile or a plan says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from expertcut.cli.common import Output, output
+from expertcut.cli.options import Json
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from expertcut.calibrate.summary import LayerSummary
+    from expertcut.choose.plan import Plan
+
+
+def show(
+    ctx: typer.Context,
+    path: Annotated[
+        Path, typer.Argument(metavar="PROFILE|PLAN", help="A profile's directory or a plan file.", show_default=False)
+    ],
+    domains: Annotated[bool, typer.Option("--domains", help="A table for each of a profile's domains.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="List a plan's kept experts.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show what a profile or a plan says.
+
+    Of a profile, per layer: load, dead experts, the router's entropy, and what each smaller top-k would lose.
+
+    Example:
+      expertcut show model.profile --domains
+    """
+    out = output(ctx, as_json)
+    if path.is_dir():
+        _show_profile(out, path, domains)
+    else:
+        _show_plan(out, path, verbose)
+
+
+def _show_profile(out: Output, path: Path, by_domain: bool) -> None:
+    from expertcut.calibrate.profile import Profile
+    from expertcut.calibrate.summary import summarise_layer
+    from expertcut.cli.tables import facts, records
+
+    profile = Profile.load(path)
+    meta = profile.meta
+    layers = [summarise_layer(profile.layer(prefix)) for prefix in profile.prefixes]
+    domains = {
+        name: [summarise_layer(profile.layer(prefix, {name: 1.0})) for prefix in profile.prefixes]
+        for name in (meta.domains if by_domain else ())
+    }
+    document: dict[str, Any] = {
+        "profile": str(path), "digest": profile.digest(), **meta.model_dump(mode="json", by_alias=True),
+        "layers": records(layers),
+    }  # fmt: skip
+    if by_domain:
+        document["layers_by_domain"] = {name: records(summaries) for name, summaries in domains.items()}
+    counts = meta.tokens()
+    rows = [
+        ("profile", path), ("model", meta.source), ("experts", f"{meta.experts}, top-{meta.top_k}"),
+        ("forward pass", meta.dtype), ("tokens", f"{sum(counts.values()):,}"),
+        ("domains", ", ".join(f"{name} {count:,}" for name, count in counts.items())),
+    ]  # fmt: skip
+    tables = [_layers(title, summaries) for title, summaries in {"All domains": layers, **domains}.items()]
+    out.finish(document, facts("", rows), *(part for table in tables for part in ("", table)))
+
+
+def _layers(title: str, summaries: list[LayerSummary]) -> Table:
+    from expertcut.cli.tables import table
+
+    smaller = range(len(summaries[0].lost_mass), 0, -1)
+    columns = [">layer", ">tokens", ">dead", ">busiest", ">entropy"]
+    columns += [f">{what} k={k}" for k in smaller for what in ("error", "lost")]
+    rows = [
+        [
+            s.layer, f"{s.tokens:,}", s.dead, f"{s.busiest:.1f}x", f"{s.entropy:.2f}",
+            *(f"{values[k - 1]:.1%}" for k in smaller for values in (s.relative_error, s.lost_mass)),
+        ]
+        for s in summaries
+    ]  # fmt: skip
+    made = table(title, columns, rows)
+    made.caption = (
+        "dead: experts without a token · busiest: its tokens over the mean expert's · entropy: nats per token\n"
+        "error, lost: share of the output's energy, and of the gate weight, that a top-k of k would lose"
+    )
+    made.caption_justify = "left"
+    return made
+
+
+def _show_plan(out: Output, path: Path, verbose: bool) -> None:
+    from expertcut.choose.plan import Plan
+    from expertcut.cli.tables import facts, ranges, table
+
+    plan = Plan.load(path)
+    document = {"plan": str(path), **plan.model_dump(mode="json", by_alias=True, exclude_none=True)}
+    parts: list[Any] = [facts("", _plan_rows(path, plan))]
+    if verbose:
+        rows = [(entry.layer, len(entry.kept), ranges(entry.kept)) for entry in plan.layers.values()]
+        parts += ["", table("", (">layer", ">kept", "experts"), rows)]
+    out.finish(document, *parts)
+
+
+def _plan_rows(path: Path, plan: Plan) -> list[tuple[str, object]]:
+    from expertcut.cli.tables import ranges
+
+    counts = sorted({len(entry.kept) for entry in plan.layers.values()})
+    top_k = next(iter(plan.layers.values())).top_k
+    rows: list[tuple[str, object]] = [
+        ("plan", path),
+        ("model", plan.source.name),
+        ("layers", ranges(sorted(entry.layer for entry in plan.layers.values()))),
+        ("experts kept per layer", " to ".join(map(str, counts[:1] + counts[1:][-1:]))),
+        ("top-k", top_k or "unchanged"),
+    ]
+    return rows + [(name, _plain(value)) for name, value in plan.provenance.items() if value not in (None, {}, "")]
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_plain(member)}" for name, member in value.items() if member is not None)
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -1,0 +1,84 @@
+"""Results as tables: plain text off a terminal, no digit ever cut."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.table import Table
+
+from expertcut.choose.budget import format_size
+from expertcut.runtimes.lint import LintFinding
+
+if TYPE_CHECKING:
+    from expertcut.rewrite.verify import Check
+
+_STATUS = {"fast": "green", "loads": "yellow", "wrong": "bold red", "refuses": "bold red"}
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
+    """Build a table; a column named `>…` is right-aligned, cells are printed as they are."""
+    made = Table(title=title or None, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in columns:
+        right = name.startswith(">")
+        made.add_column(name.removeprefix(">"), justify="right" if right else "left", overflow="fold")
+    for row in rows:
+        made.add_row(*map(_cell, row))
+    return made
+
+
+def facts(title: str, rows: Iterable[tuple[str, object]]) -> Table:
+    """Build a table of names and values without a header."""
+    made = Table(
+        title=title or None, title_justify="left", title_style="bold", box=None, show_header=False, pad_edge=False
+    )
+    made.add_column(style="cyan", no_wrap=True)
+    made.add_column(overflow="fold")
+    for name, value in rows:
+        made.add_row(name, _cell(value))
+    return made
+
+
+def size(nbytes: int) -> str:
+    """Bytes for reading: `5.42 MiB (5,683,200 bytes)`."""
+    return f"{format_size(nbytes)} ({nbytes:,} bytes)" if nbytes >= 1024 else format_size(nbytes)
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Ascending numbers for reading: `0, 2-5, 9`."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1] = [runs[-1][0], number]
+        else:
+            runs.append([number])
+    return ", ".join("-".join(map(str, run)) for run in runs)
+
+
+def lint_table(findings: Iterable[LintFinding], title: str) -> Table:
+    """Build the table of what the runtimes make of a checkpoint."""
+    from rich.text import Text
+
+    rows = [(f.runtime, Text(f.status, _STATUS[f.status]), f.rule, f.reason) for f in findings]
+    return table(title, ("runtime", "status", "rule", "reason"), rows)
+
+
+def checks_table(checks: Iterable[Check]) -> Table:
+    """Build the table of a verification."""
+    from rich.text import Text
+
+    rows = [(Text("ok", "green") if c.ok else Text("FAILED", "bold red"), c.name, c.detail) for c in checks]
+    return table("", ("", "check", "found"), rows)
+
+
+def records(items: Iterable[Any]) -> list[dict[str, Any]]:
+    """Dataclasses as JSON objects."""
+    return [asdict(item) for item in items]
+
+
+def _cell(value: object) -> Any:
+    from rich.text import Text
+
+    return value if isinstance(value, Text) else Text(str(value))

@@ -1,0 +1,87 @@
+"""What a checkpoint is, in numbers for people: sizes, parameters, dtypes. Headers and config only."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from math import prod
+
+from expertcut.checkpoint.types import Checkpoint
+from expertcut.model.fingerprint import geometry_hash
+from expertcut.model.geometry import Geometry
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Facts about a checkpoint; sizes are bytes of tensor data."""
+
+    family: str
+    layers: int
+    """Decoder layers of the trunk."""
+    moe_layers: tuple[int, ...]
+    """Absolute numbers of the trunk's layers with routed experts."""
+    mtp_layers: tuple[int, ...]
+    """Multi-token-prediction layers with routed experts."""
+    experts: int
+    top_k: int
+    n_group: int
+    topk_group: int
+    scoring: str
+    renormalise: bool
+    hidden: int
+    expert_width: int
+    positions: int | None
+    """Longest sequence, from `max_position_embeddings`; None if the config does not say."""
+    nbytes: int
+    nbytes_experts: int
+    """Bytes of routed experts, router rows included."""
+    nbytes_per_expert: int
+    """What dropping one expert in every layer saves."""
+    parameters: int | None
+    """Elements of all tensors; None if the weights are quantised, where elements are not parameters."""
+    activated: int | None
+    """Parameters without the routed experts that a token does not use."""
+    dtypes: dict[str, int]
+    """dtype → bytes, largest first."""
+    shards: int
+    geometry: str
+    """The geometry's hash."""
+
+
+def summarise(checkpoint: Checkpoint, geometry: Geometry) -> Summary:
+    """Gather the facts that a checkpoint's headers and config tell."""
+    scope = checkpoint.config
+    for key in geometry.family.root:
+        scope = scope[key]
+    sizes = {name: prod(tensor.shape) for name, tensor in checkpoint.tensors.items()}
+    routed = [name for block in geometry.blocks.values() for name in block.tensors]
+    unused = sum(sizes[name] for name in routed) * (geometry.num_experts - geometry.top_k) // geometry.num_experts
+    plain = not (checkpoint.config.get("quantization_config") or scope.get("quantization_config"))
+    dtypes: Counter[str] = Counter()
+    for tensor in checkpoint.tensors.values():
+        dtypes[tensor.dtype] += tensor.nbytes
+    return Summary(
+        geometry.family.model_type, geometry.num_layers, tuple(b.layer for b in geometry.trunk),
+        tuple(b.layer for b in geometry.mtp), geometry.num_experts, geometry.top_k, geometry.n_group,
+        geometry.topk_group, geometry.family.scoring, geometry.renormalise, geometry.hidden, geometry.expert_width,
+        max_positions(checkpoint, geometry), checkpoint.nbytes,
+        sum(checkpoint.tensors[name].nbytes for name in routed),
+        checkpoint.nbytes - nbytes_with(checkpoint, geometry, geometry.num_experts - 1),
+        sum(sizes.values()) if plain else None, sum(sizes.values()) - unused if plain else None,
+        dict(dtypes.most_common()), len(checkpoint.shards), geometry_hash(geometry),
+    )  # fmt: skip
+
+
+def max_positions(checkpoint: Checkpoint, geometry: Geometry) -> int | None:
+    """Return the longest sequence that the config allows, None if it does not say."""
+    scope = checkpoint.config
+    for key in geometry.family.root:
+        scope = scope[key]
+    found = scope.get("max_position_embeddings")
+    return found if isinstance(found, int) and found > 0 else None
+
+
+def nbytes_with(checkpoint: Checkpoint, geometry: Geometry, experts: int) -> int:
+    """Return the bytes of tensor data that are left with `experts` experts in every block."""
+    per_expert = sum(geometry.expert_nbytes(checkpoint, prefix) for prefix in geometry.blocks)
+    return checkpoint.nbytes - (geometry.num_experts - experts) * per_expert
