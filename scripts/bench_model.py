@@ -1,4 +1,4 @@
-"""The benchmarks' model: a random Qwen3-MoE checkpoint of 1.7 GB in BF16, sharded, one tensor per expert and projection."""
+"""The benchmarks' model: a random Qwen3-MoE checkpoint of 1.7 GB in BF16, in shards, every projection a tensor."""
 
 from __future__ import annotations
 

@@ -22,6 +22,7 @@ for name, module in list(sys.modules.items()):
     if name.startswith("transformers.") and getattr(module, "__file__", "") is None:
         del sys.modules[name]
 
+
 def main(source: str, tokens: str, out: str, experts: str, dtype: str, mode: str) -> None:
     start = time.monotonic()
     with load_quantizable_moe():

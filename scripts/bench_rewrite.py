@@ -1,8 +1,8 @@
 """How fast and how small `prune` is: side by side with `cp` + sync, and with load + slice + save in transformers.
 
-All runs are child processes, interleaved, source warm in the page cache, results synced to the same file system before the
-clock stops. Time is wall time; memory is the child's peak resident set. Prints medians and ratios; exits 1 if a target
-is missed.
+All runs are child processes, interleaved, source warm in the page cache, results synced to the same file system before
+the clock stops. Time is wall time; memory is the child's peak resident set. Prints medians and ratios; exits 1 if a
+target is missed.
 """
 
 from __future__ import annotations
@@ -33,16 +33,6 @@ from expertcut.choose import make_plan
 from expertcut.model import read_geometry
 ckpt = open_checkpoint(sys.argv[1])
 make_plan(ckpt, read_geometry(ckpt), strategy="random", experts=int(sys.argv[2])).save(sys.argv[3])
-"""
-PRUNE = """
-import json, sys
-from expertcut.checkpoint import open_checkpoint
-from expertcut.choose.plan import Plan
-from expertcut.model import read_geometry
-from expertcut.rewrite import prune
-ckpt = open_checkpoint(sys.argv[1])
-done = prune(ckpt, read_geometry(ckpt), Plan.load(sys.argv[2]), sys.argv[3])
-print(json.dumps({"seconds": done.seconds, "nbytes": done.nbytes_written, "torch": "torch" in sys.modules}))
 """
 TRANSFORMERS = """
 import json, os, sys, torch, transformers
@@ -79,7 +69,9 @@ def child(*command: str) -> tuple[float, float, str]:
 
 
 def environment() -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'scripts'}", "HF_HUB_OFFLINE": "1"}
+    """Byte code is cached, as in an installed package."""
+    own = {"PYTHONPATH": f"{ROOT}:{ROOT / 'scripts'}", "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": ""}
+    return os.environ | own
 
 
 def python(code: str, *arguments: str | Path) -> tuple[float, float, str]:
@@ -87,12 +79,30 @@ def python(code: str, *arguments: str | Path) -> tuple[float, float, str]:
 
 
 def expertcut(plan: Path) -> dict[str, float]:
+    """The command as users run it, but for the verification afterwards, which `cp` has not either."""
     shutil.rmtree(OUT, ignore_errors=True)
-    seconds, peak, answer = python(PRUNE, MODEL, plan, OUT)
+    arguments = ("prune", str(MODEL), str(OUT), "--plan", str(plan), "--no-verify", "--json")
+    seconds, peak, answer = child(sys.executable, "-m", "expertcut", *arguments)
     told = json.loads(answer)
-    if told["torch"]:
-        sys.exit("prune imported torch")
-    return {"seconds": seconds, "moving": told["seconds"], "peak": peak, "nbytes": told["nbytes"]}
+    return {"seconds": seconds, "moving": told["seconds"], "peak": peak, "nbytes": told["nbytes_written"]}
+
+
+def imports_torch(plan: Path) -> bool:
+    shutil.rmtree(OUT, ignore_errors=True)
+    command = [
+        sys.executable,
+        "-X",
+        "importtime",
+        "-m",
+        "expertcut",
+        "prune",
+        str(MODEL),
+        str(OUT),
+        "--plan",
+        str(plan),
+    ]
+    run = subprocess.run(command, env=environment(), capture_output=True, text=True, check=True)
+    return any(line.split("|")[-1].strip() in ("torch", "transformers") for line in run.stderr.splitlines())
 
 
 def cp() -> dict[str, float]:
@@ -127,18 +137,18 @@ def measure(rounds: int) -> dict[str, dict[str, float]]:
             result = job()
             if number:
                 found[name].append(result)
+    if imports_torch(plans[32]):
+        sys.exit("prune imported torch or transformers")
     for folder in (OUT, COPY):
         shutil.rmtree(folder)
-    return {
-        name: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for name, runs in found.items()
-    }
+    return {name: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for name, runs in found.items()}
 
 
 def main() -> None:
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 5
     python(BUILD, MODEL)
     found = measure(rounds)
-    table = Table(title=f"medians of {rounds} rounds, {found['prune']['nbytes'] / MB:.0f} MB written by the first three")
+    table = Table(title=f"medians of {rounds} rounds")
     for column in ("run", "wall s", "moving s", "written MB", "peak MB"):
         table.add_column(column, justify="left" if column == "run" else "right")
     for name, run in found.items():

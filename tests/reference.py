@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -30,7 +30,6 @@ def load(folder: Path, dtype: torch.dtype = torch.float32, experts: str = "group
     for key, value in config.items():
         setattr(settings.get_text_config(), key, value)
     model_class = getattr(transformers, settings.architectures[0])
-    transformers.logging.set_verbosity_error()
     model = model_class.from_pretrained(folder, config=settings, dtype=dtype, experts_implementation=experts)
     return model.eval()
 
@@ -96,9 +95,9 @@ class LoopBlock:
         logits = self.weight @ x + self.bias
         if self.kind in ("deepseek_v3", "glm4_moe"):
             scores = 1 / (1 + np.exp(-logits))
-            return scores / scores.sum()
-        powers: Array = np.exp(logits - logits.max())
-        return powers / powers.sum()
+            return cast(Array, scores / scores.sum())
+        powers = np.exp(logits - logits.max())
+        return cast(Array, powers / powers.sum())
 
     def route(self, x: Array, k: int) -> list[tuple[int, float]]:
         """The k chosen experts and their gate weights, best choice first, as a runtime with top-k = k would."""
@@ -155,19 +154,21 @@ class LoopBlock:
 
     def output(self, x: Array, k: int) -> Array:
         """(H,) sum of the routed experts, without shared ones."""
-        return np.sum([gate * self.expert(x, e)[0] for e, gate in self.route(x, k)], axis=0)
+        return cast(Array, np.sum([gate * self.expert(x, e)[0] for e, gate in self.route(x, k)], axis=0))
 
     def statistics(self, inputs: Sequence[torch.Tensor]) -> dict[str, Array]:
         """Everything a profile holds of this block, over the tokens (T, H) of these sequences."""
         e, k, h = self.experts, self.top_k, self.weight.shape[1]
-        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(
-            ("count", "gate_sum", "gate_sq_sum", "norm_sum", "norm_sq_sum", "gated_norm_sum", "gated_norm_sq_sum",
-             "gated_norm_max", "act_max"), (e,)
-        )  # fmt: skip
-        shapes |= dict.fromkeys(("rank_count", "rank_mass"), (e, k)) | dict.fromkeys(("coact", "coenergy", "gram"), (e, e))
-        shapes |= dict.fromkeys(("topk_error", "topk_cross", "topk_sq", "lost_mass"), (k,))
-        shapes |= dict.fromkeys(("tokens", "out_sq", "entropy"), ()) | dict.fromkeys(("out_sum", "out_sq_sum_h"), (e, h))
-        sums: dict[str, Array] = {name: np.zeros(shape) for name, shape in shapes.items()}
+        shapes: dict[tuple[str, ...], tuple[int, ...]] = {
+            ("tokens", "out_sq", "entropy"): (),
+            ("count", "gate_sum", "gate_sq_sum", "norm_sum", "norm_sq_sum"): (e,),
+            ("gated_norm_sum", "gated_norm_sq_sum", "gated_norm_max", "act_max"): (e,),
+            ("rank_count", "rank_mass"): (e, k),
+            ("coact", "coenergy", "gram"): (e, e),
+            ("topk_error", "topk_cross", "topk_sq", "lost_mass"): (k,),
+            ("out_sum", "out_sq_sum_h"): (e, h),
+        }
+        sums: dict[str, Array] = {name: np.zeros(shape) for names, shape in shapes.items() for name in names}
         for x in torch.cat(list(inputs)).double().numpy():
             self._add_token(sums, x)
         return sums

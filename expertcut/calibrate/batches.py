@@ -46,7 +46,8 @@ class Batch:
 def make_batches(sequences: Sequence[np.ndarray], domains: Sequence[int], micro_tokens: int) -> list[Batch]:
     """Group sequences of similar length into micro-batches of at most `micro_tokens` tokens (at least one sequence).
 
-    `sequences` are 1-D int64 arrays, `domains` their domain numbers. Longest first, so that a lack of memory shows at once.
+    `sequences` are 1-D int64 arrays, `domains` their domain numbers. Longest first, so that a lack of memory shows at
+    once.
     """
     order = sorted(range(len(sequences)), key=lambda i: (-len(sequences[i]), i))
     batches: list[Batch] = []

@@ -17,11 +17,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import expertcut
 from expertcut.calibrate import hf
-from expertcut.calibrate.batches import Batch, batch_of, make_batches
+from expertcut.calibrate.batches import batch_of, make_batches
 from expertcut.calibrate.data import CalibrationSet
 from expertcut.calibrate.executor import LayerStream, find_experts, find_router
 from expertcut.calibrate.observer import Observer
@@ -179,24 +180,36 @@ class _State:
         self._saved: set[str] = set()
         journal = self.directory / "state.json"
         if self.enabled and journal.exists():
-            found = json.loads(journal.read_text(encoding="utf-8"))
-            if found["key"] != self.key:
+            try:
+                found = json.loads(journal.read_text(encoding="utf-8"))
+                key, self.done, self.rows = found["key"], found["done"], found["rows"]
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise self._damaged(error) from error
+            if key != self.key:
                 raise ProfileError(
                     f"{self.directory}: an unfinished profile of another model, data or options",
                     f"run the command that it belongs to, or remove it: rm -r {self.directory}",
                 )
-            self.done, self.rows = found["done"], found["rows"]
 
     def restore(self, passage: Passage) -> None:
         """Put hidden states and finished arrays back."""
         if self.rows is None:
             return
-        hidden = load_file(self.directory / f"hidden-{self.done}.safetensors")
-        passage.hidden[0] = [hidden[str(i)] for i in range(len(self.rows))]
-        for path in sorted(self.directory.glob("sums-*.safetensors")):
-            if int(path.stem.partition("-")[2]) <= self.done:
-                self.arrays |= {name: value.numpy() for name, value in load_file(path).items()}
+        try:
+            hidden = load_file(self.directory / f"hidden-{self.done}.safetensors")
+            passage.hidden[0] = [hidden[str(i)] for i in range(len(self.rows))]
+            for done in range(1, self.done + 1):
+                sums = load_file(self.directory / f"sums-{done}.safetensors")
+                self.arrays |= {name: value.numpy() for name, value in sums.items()}
+        except (OSError, SafetensorError, KeyError) as error:
+            raise self._damaged(error) from error
         self._saved = set(self.arrays)
+
+    def _damaged(self, error: Exception) -> ProfileError:
+        return ProfileError(
+            f"{self.directory}: the unfinished profile is damaged ({type(error).__name__})",
+            f"remove it and start again: rm -r {self.directory}",
+        )
 
     def save(self, done: int, passage: Passage) -> None:
         """Note that `done` layers are finished."""

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import torch
 
+from expertcut.errors import UsageError
+
 
 def park(tensor: torch.Tensor) -> torch.Tensor:
     """Move a tensor to where it waits. Copies are queued on the current stream, so that a later `fetch` sees them."""
@@ -29,7 +31,17 @@ def settle(device: torch.device) -> None:
 
 
 def resolve_device(name: str) -> torch.device:
-    """Return the device of a name; `auto` is CUDA where there is one, else the CPU."""
+    """Return the device of a name; `auto` is CUDA where there is one, else the CPU.
+
+    Raises:
+        UsageError: torch knows no such device, or the machine has none.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"device {name!r} is unknown; expected auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"device {name!r}: torch finds {torch.cuda.device_count()} CUDA devices", "pass --device auto")
+    return device

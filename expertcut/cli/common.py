@@ -146,7 +146,7 @@ def console(stream: IO[str]) -> Console:
     """Open a rich console: the terminal's width, or so wide that nothing is wrapped."""
     from rich.console import Console
 
-    return Console(file=stream, width=None if stream.isatty() else WIDE, highlight=False, emoji=False)
+    return Console(file=stream, width=None if stream.isatty() else WIDE, highlight=False, emoji=False, markup=False)
 
 
 def _finite(value: Any) -> Any:

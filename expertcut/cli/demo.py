@@ -11,7 +11,7 @@ from expertcut.cli.common import output
 from expertcut.cli.options import Json
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import RenderableType
 
     from expertcut.measure.demo import DemoResult
 
@@ -44,10 +44,11 @@ def demo(
         "heldout_tokens": result.heldout_tokens, "seeds": result.seeds, "seconds": result.seconds,
         "results": records(result.rows), "ok": result.ok, "checks": records(result.checks),
     }  # fmt: skip
-    out.finish(document, checks_table(result.checks), *_result(result))
+    out.finish(document, checks_table(result.checks), "", *result_parts(result))
 
 
-def _result(result: DemoResult) -> list[Table]:
+def result_parts(result: DemoResult) -> list[RenderableType]:
+    """Build the table of losses, and say where the files are."""
     from expertcut.cli.tables import facts, size, table
 
     base = result.rows[0]
@@ -57,11 +58,12 @@ def _result(result: DemoResult) -> list[Table]:
         change = "" if row is base else f"{row.nll - base.nll:+.4f}"
         name = f"{row.name}, mean of {result.seeds} seeds" if row.deviation is not None else row.name
         rows.append((name, size(row.nbytes), row.experts, f"{row.nll:.4f}{seeds}", change))
-    made = table("Half of the experts", ("kept by", ">weights", ">experts", ">held-out loss", ">change"), rows)
-    made.caption = f"loss: nats per predicted token, over {result.heldout_tokens:,} tokens that calibration did not see"
-    made.caption_justify = "left"
+    made = table(("kept by", ">weights", ">experts", ">held-out loss", ">change"), rows)
+    legend = (
+        f"held-out loss: nats per predicted token, over {result.heldout_tokens:,} tokens that calibration did not see"
+    )
     places = [
         ("files", result.folder), ("pruned model", f"{result.pruned}, by {result.pruned_by}"), ("source", result.model),
         ("time", f"{result.seconds:.1f} s, calibrated on {result.calibration_tokens:,} tokens"),
     ]  # fmt: skip
-    return [made, facts("", places)]
+    return [made, "", legend, "", facts(places)]

@@ -72,7 +72,7 @@ def evaluate(
         losses = loss.evaluate(checkpoint, geometry, text, chosen, options, notify=out.note, advance=advance)
     document = {"model": checkpoint.name, "tokens": text.tokens, "seq_len": text.seq_len, "data": text.fingerprint,
                 "results": [_record(found, losses[0]) for found in losses]}  # fmt: skip
-    out.finish(document, _table(losses))
+    out.finish(document, _table(losses), "", "loss: nats per predicted token")
 
 
 def _record(found: ModelLoss, base: ModelLoss) -> dict[str, Any]:
@@ -87,12 +87,11 @@ def _table(losses: list[ModelLoss]) -> Table:
     from expertcut.cli.tables import table
 
     base = losses[0]
-    made = table("", ("model", "domain", ">tokens", ">loss", ">perplexity", ">change"), ())
+    made = table(("model", "domain", ">tokens", ">loss", ">perplexity", ">change"), ())
     for found in losses:
         pairs = [(name, loss, base.domains[name]) for name, loss in found.domains.items()]
         for name, loss, before in [*pairs, ("all", found.overall, base.overall)]:
             change = "" if found is base else f"{loss.nll - before.nll:+.4f}"
             cells = (found.name, name, f"{loss.tokens:,}", f"{loss.nll:.4f}", f"{loss.perplexity:.2f}", change)
             made.add_row(*cells, end_section=name == "all")
-    made.caption, made.caption_justify = "loss: nats per predicted token", "left"
     return made

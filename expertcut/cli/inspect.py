@@ -22,7 +22,7 @@ def inspect(ctx: typer.Context, model: Model, revision: Revision = None, as_json
     from dataclasses import asdict
 
     from expertcut.checkpoint import open_checkpoint
-    from expertcut.cli.tables import facts, lint_table, records
+    from expertcut.cli.tables import facts, heading, lint_table, records
     from expertcut.model import read_geometry
     from expertcut.model.summary import summarise
     from expertcut.runtimes.lint import lint, lint_subject
@@ -33,14 +33,13 @@ def inspect(ctx: typer.Context, model: Model, revision: Revision = None, as_json
     summary = summarise(checkpoint, geometry)
     findings = lint(lint_subject(geometry, checkpoint.config))
     document = {"model": checkpoint.name, **asdict(summary), "lint": records(findings)}
-    out.finish(document, facts(checkpoint.name, _rows(summary)), "", lint_table(findings, "Runtimes"))
+    out.finish(document, heading(checkpoint.name), facts(_rows(summary)), "", lint_table(findings))
 
 
 def _rows(s: Summary) -> list[tuple[str, object]]:
     from expertcut.cli.tables import ranges, size
 
     groups = f"{s.n_group}, of which a token uses {s.topk_group}" if s.n_group > 1 else "none"
-    millions = "{:,.2f} million".format
     return [
         ("family", s.family),
         ("decoder layers", s.layers),
@@ -56,9 +55,16 @@ def _rows(s: Summary) -> list[tuple[str, object]]:
         ("weights", size(s.nbytes)),
         ("routed experts", f"{size(s.nbytes_experts)}, {s.nbytes_experts / (s.nbytes or 1):.1%} of the weights"),
         ("one expert, all layers", size(s.nbytes_per_expert)),
-        ("parameters", millions(s.parameters / 1e6) if s.parameters is not None else "unknown (quantised)"),
-        ("activated per token", millions(s.activated / 1e6) if s.activated is not None else "unknown (quantised)"),
+        ("parameters", _count(s.parameters)),
+        ("activated per token", _count(s.activated)),
         ("dtypes", ", ".join(f"{dtype} {nbytes / (s.nbytes or 1):.1%}" for dtype, nbytes in s.dtypes.items())),
         ("shards", s.shards),
         ("geometry", s.geometry),
     ]
+
+
+def _count(parameters: int | None) -> str:
+    if parameters is None:
+        return "not told by the headers of quantised weights"
+    unit, factor = ("billion", 1e9) if parameters >= 1e9 else ("million", 1e6)
+    return f"{parameters / factor:,.2f} {unit}"

@@ -30,7 +30,7 @@ def merge(
     from functools import reduce
 
     from expertcut.calibrate import profile
-    from expertcut.cli.tables import table
+    from expertcut.cli.tables import facts, table
     from expertcut.errors import UsageError
 
     out = output(ctx, as_json)
@@ -44,4 +44,5 @@ def merge(
         "profile": str(out_dir), "model": merged.meta.source, "tokens": sum(counts.values()), "domains": counts,
         "digest": merged.digest(),
     }  # fmt: skip
-    out.finish(document, table(str(out_dir), ("domain", ">tokens"), [(n, f"{count:,}") for n, count in counts.items()]))
+    domains = table(("domain", ">tokens"), [(name, f"{count:,}") for name, count in counts.items()])
+    out.finish(document, facts([("profile", out_dir)]), "", domains)

@@ -66,11 +66,13 @@ def plan(
     provenance: dict[str, Any] = made.provenance
     note = provenance["budget"]["note"]
     supers = {prefix: ids for prefix, ids in provenance["super_experts"].items() if ids}
-    members, tables = outcome(checkpoint, geometry, made)
+    result = outcome(checkpoint, geometry, made)
     document = {
         "plan": str(out_file), "model": checkpoint.name, "strategy": strategy, "note": note, "super_experts": supers,
-        **members,
+        **result.members,
     }  # fmt: skip
-    rows = [("plan", out_file), ("strategy", strategy)] + [("budget", note)] * bool(note)
-    rows += [("super experts kept", sum(map(len, supers.values())))] * protect_super
-    out.finish(document, facts("", rows), *tables, f"next: expertcut prune {model} OUT --plan {out_file}")
+    rows: list[tuple[str, object]] = [("plan", out_file), ("strategy", strategy)]
+    rows += [("budget", note)] * bool(note) + [("super experts kept", sum(map(len, supers.values())))] * protect_super
+    out.finish(
+        document, facts(rows + result.rows), "", result.lint, "", f"next: expertcut prune {model} OUT --plan {out_file}"
+    )

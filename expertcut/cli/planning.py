@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from expertcut.errors import UsageError
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.table import Table
 
     from expertcut.checkpoint import Checkpoint
     from expertcut.choose.plan import Plan
@@ -42,11 +42,11 @@ def build_plan(checkpoint: Checkpoint, geometry: Geometry, choice: Choice, comma
     """Make the plan that the options ask for; `command` is for its provenance."""
     from expertcut.calibrate.profile import Profile
     from expertcut.choose import make_plan, parse_domain_weights, parse_keep, parse_size
-    from expertcut.runtimes.lint import fast_expert_counts, lint_subject
+    from expertcut.runtimes.lint import fast_expert_counts
 
     if choice.strategy is None:
         raise UsageError("no strategy given", "for example --profile PROFILE --strategy reap")
-    subject = lint_subject(geometry, checkpoint.config)
+    subject = _subject(checkpoint, geometry, geometry.num_experts, choice.top_k or geometry.top_k)
     return make_plan(
         checkpoint, geometry, strategy=choice.strategy, experts=choice.experts, drop=choice.drop, tp=choice.tp,
         keep=parse_keep(choice.keep) if choice.keep is not None else None,
@@ -58,24 +58,34 @@ def build_plan(checkpoint: Checkpoint, geometry: Geometry, choice: Choice, comma
     )  # fmt: skip
 
 
-def outcome(checkpoint: Checkpoint, geometry: Geometry, plan: Plan) -> tuple[dict[str, Any], list[RenderableType]]:
-    """Describe what a plan makes of a checkpoint: as JSON members, and as tables."""
-    from expertcut.cli.tables import facts, lint_table, records, size
+@dataclass(frozen=True)
+class Outcome:
+    """What a plan makes of a checkpoint, for printing."""
+
+    members: dict[str, Any]
+    """Members of the JSON document."""
+    rows: list[tuple[str, object]]
+    lint: Table
+
+
+def outcome(checkpoint: Checkpoint, geometry: Geometry, plan: Plan) -> Outcome:
+    """Describe what a plan makes of a checkpoint: counts, sizes, and what the runtimes say."""
+    from expertcut.cli.tables import lint_table, records, size
     from expertcut.model.summary import nbytes_with
     from expertcut.runtimes.lint import lint, nearest_fast_counts
 
-    subject = _subject(checkpoint, geometry, plan)
+    subject = _subject(checkpoint, geometry, plan.experts, plan.top_k(geometry))
     findings = lint(subject)
     nearest = nearest_fast_counts(subject, geometry.num_experts)
     before, after = checkpoint.nbytes, nbytes_with(checkpoint, geometry, plan.experts)
-    document = {
+    members = {
         "experts": {"before": geometry.num_experts, "after": plan.experts},
         "top_k": {"before": geometry.top_k, "after": plan.top_k(geometry)},
         "nbytes": {"before": before, "after": after},
         "lint": records(findings),
         "nearest_fast": {"below": nearest[0], "above": nearest[1]},
     }
-    rows = [
+    rows: list[tuple[str, object]] = [
         ("experts per layer", _change(geometry.num_experts, plan.experts)),
         ("top-k", _change(geometry.top_k, plan.top_k(geometry))),
         ("weights", f"{size(before)} → {size(after)}, {after / (before or 1):.1%}"),
@@ -83,15 +93,15 @@ def outcome(checkpoint: Checkpoint, geometry: Geometry, plan: Plan) -> tuple[dic
     if plan.experts not in nearest:
         close = " and ".join(str(count) for count in nearest if count is not None) or "none"
         rows.append(("nearest counts fast in vLLM", close))
-    return document, [facts("", rows), "", lint_table(findings, "Runtimes, after pruning")]
+    return Outcome(members, rows, lint_table(findings))
 
 
-def _subject(checkpoint: Checkpoint, geometry: Geometry, plan: Plan) -> LintSubject:
+def _subject(checkpoint: Checkpoint, geometry: Geometry, experts: int, top_k: int) -> LintSubject:
     from dataclasses import replace
 
     from expertcut.runtimes.lint import lint_subject
 
-    return replace(lint_subject(geometry, checkpoint.config), experts=plan.experts, top_k=plan.top_k(geometry))
+    return replace(lint_subject(geometry, checkpoint.config), experts=experts, top_k=top_k)
 
 
 def _change(before: int, after: int) -> str:

@@ -89,5 +89,5 @@ def profile(
     }  # fmt: skip
     rows = [("profile", out_dir), ("MoE layers", len(made.prefixes)), ("forward pass", made.meta.dtype),
             ("tokens", f"{data.tokens:,} in sequences of {data.seq_len}"), ("time", f"{seconds:.1f} s")]  # fmt: skip
-    domains = table("", ("domain", ">tokens"), [(name, f"{count:,}") for name, count in counts.items()])
-    out.finish(document, facts("", rows), domains, f"next: expertcut show {out_dir}")
+    domains = table(("domain", ">tokens"), [(name, f"{count:,}") for name, count in counts.items()])
+    out.finish(document, facts(rows), "", domains, "", f"next: expertcut show {out_dir}")

@@ -12,6 +12,8 @@ from expertcut.cli.common import Output, output
 from expertcut.errors import UsageError
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from expertcut.checkpoint import Checkpoint
     from expertcut.choose.plan import Plan
     from expertcut.cli.planning import Choice
@@ -105,21 +107,25 @@ def _preview(
 ) -> None:
     from expertcut.cli.planning import outcome
     from expertcut.cli.tables import facts, size, table
-    from expertcut.rewrite.preview import preview
+    from expertcut.rewrite.destination import check_replaceable, check_space
+    from expertcut.rewrite.writer import prepare
 
-    layout, files = preview(checkpoint, geometry, plan, out_dir, max_shard_size=shard_size, force=force)
+    job = prepare(checkpoint, geometry, plan, out_dir, shard_size)
+    check_replaceable(job.target, force)
+    check_space(job.target, job.needed)
+    layout, files = job.layout, job.files
     edits = [{"key": ".".join(edit.path), "old": edit.old, "new": edit.new} for edit in layout.edits]
-    members, tables = outcome(checkpoint, geometry, plan)
+    result = outcome(checkpoint, geometry, plan)
     document = {"dry_run": True, "out": str(out_dir), "model": checkpoint.name, "files": files,
-                "bytes_to_write": sum(files.values()), "bytes_in_memory": layout.in_memory, "config": edits,
-                **members}  # fmt: skip
-    rows = [
-        ("would write", f"{size(sum(files.values()))} in {len(files)} files to {out_dir}"),
+                "bytes_to_write": job.needed, "bytes_in_memory": layout.in_memory, "config": edits,
+                **result.members}  # fmt: skip
+    rows: list[tuple[str, object]] = [
+        ("would write", f"{size(job.needed)} in {len(files)} files to {out_dir}"),
         ("through memory", f"{size(layout.in_memory)} of sliced tensors; the kernel copies the rest"),
         ("config.json", ", ".join(f"{e['key']} {e['old']} → {e['new']}" for e in edits) or "unchanged"),
     ]
-    listing = table("", ("file", ">bytes"), [(name, f"{nbytes:,}") for name, nbytes in sorted(files.items())])
-    out.finish(document, facts("", rows), listing, *tables)
+    listing = table(("file", ">bytes"), [(name, f"{nbytes:,}") for name, nbytes in sorted(files.items())])
+    out.finish(document, facts(rows + result.rows), "", listing, "", result.lint)
 
 
 def _prune(
@@ -136,7 +142,7 @@ def _prune(
 
     out.resumable = True
     with out.progress("writing", lambda speed: f"{format_size(int(speed))}/s") as advance:
-        result = write(
+        done = write(
             checkpoint, geometry, plan, out_dir, max_shard_size=shard_size, force=force, progress=advance
         )  # fmt: skip
     out.resumable, checks = False, list[Check]()
@@ -144,11 +150,15 @@ def _prune(
         with out.busy("checking structure and bytes"):
             checks = [*verify_structure(out_dir, checkpoint), *verify_bytes(out_dir, checkpoint)]
         require(checks)
-    members, tables = outcome(checkpoint, geometry, plan)
-    document = asdict(result) | {"out": str(out_dir), "model": checkpoint.name, "checks": records(checks)} | members
-    rate = f", {format_size(int(result.nbytes_written / result.seconds))}/s" if result.seconds else ""
-    rows = [
-        ("written", f"{out_dir}, {result.shards} shards{', resumed' if result.resumed else ''}"),
-        ("time", f"{result.seconds:.1f} s{rate}, synced to disk"),
+    result = outcome(checkpoint, geometry, plan)
+    document = (
+        asdict(done) | {"out": str(out_dir), "model": checkpoint.name, "checks": records(checks)} | result.members
+    )
+    rate = f", {format_size(int(done.nbytes_written / done.seconds))}/s" if done.seconds else ""
+    rows: list[tuple[str, object]] = [
+        ("written", f"{out_dir}{', resumed' if done.resumed else ''}"),
+        ("shards", done.shards),
+        ("time", f"{done.seconds:.2f} s{rate}, synced to disk"),
     ]
-    out.finish(document, facts("", rows), *([checks_table(checks)] if checks else []), *tables)
+    parts: list[RenderableType] = [checks_table(checks), ""] if checks else []
+    out.finish(document, facts(rows + result.rows), "", *parts, result.lint)

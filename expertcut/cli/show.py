@@ -11,10 +11,15 @@ from expertcut.cli.common import Output, output
 from expertcut.cli.options import Json
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import RenderableType
 
     from expertcut.calibrate.summary import LayerSummary
     from expertcut.choose.plan import Plan
+
+LEGEND = (
+    "dead: experts without a token; busiest: its tokens over the mean expert's; "
+    "entropy: of the router's distribution, nats per token"
+)
 
 
 def show(
@@ -64,30 +69,25 @@ def _show_profile(out: Output, path: Path, by_domain: bool) -> None:
         ("forward pass", meta.dtype), ("tokens", f"{sum(counts.values()):,}"),
         ("domains", ", ".join(f"{name} {count:,}" for name, count in counts.items())),
     ]  # fmt: skip
-    tables = [_layers(title, summaries) for title, summaries in {"All domains": layers, **domains}.items()]
-    out.finish(document, facts("", rows), *(part for table in tables for part in ("", table)))
+    parts = [part for name, summaries in domains.items() for part in _layers(name, summaries)]
+    out.finish(document, facts(rows), *_layers("all domains", layers), *parts, "", LEGEND)
 
 
-def _layers(title: str, summaries: list[LayerSummary]) -> Table:
-    from expertcut.cli.tables import table
+def _layers(domain: str, summaries: list[LayerSummary]) -> list[RenderableType]:
+    from expertcut.cli.tables import heading, table
 
     smaller = range(len(summaries[0].lost_mass), 0, -1)
-    columns = [">layer", ">tokens", ">dead", ">busiest", ">entropy"]
-    columns += [f">{what} k={k}" for k in smaller for what in ("error", "lost")]
-    rows = [
-        [
-            s.layer, f"{s.tokens:,}", s.dead, f"{s.busiest:.1f}x", f"{s.entropy:.2f}",
-            *(f"{values[k - 1]:.1%}" for k in smaller for values in (s.relative_error, s.lost_mass)),
-        ]
-        for s in summaries
+    load = [(s.layer, f"{s.tokens:,}", s.dead, f"{s.busiest:.1f}x", f"{s.entropy:.2f}") for s in summaries]
+    columns = (">layer", *(f">k={k}" for k in smaller))
+
+    def shares(what: str) -> list[list[object]]:
+        return [[s.layer, *(f"{getattr(s, what)[k - 1]:.1%}" for k in smaller)] for s in summaries]
+
+    return [
+        "", heading(f"{domain}: load"), table((">layer", ">tokens", ">dead", ">busiest", ">entropy"), load),
+        "", heading(f"{domain}: output energy lost by a top-k of k"), table(columns, shares("relative_error")),
+        "", heading(f"{domain}: gate weight lost by a top-k of k"), table(columns, shares("lost_mass")),
     ]  # fmt: skip
-    made = table(title, columns, rows)
-    made.caption = (
-        "dead: experts without a token · busiest: its tokens over the mean expert's · entropy: nats per token\n"
-        "error, lost: share of the output's energy, and of the gate weight, that a top-k of k would lose"
-    )
-    made.caption_justify = "left"
-    return made
 
 
 def _show_plan(out: Output, path: Path, verbose: bool) -> None:
@@ -96,10 +96,10 @@ def _show_plan(out: Output, path: Path, verbose: bool) -> None:
 
     plan = Plan.load(path)
     document = {"plan": str(path), **plan.model_dump(mode="json", by_alias=True, exclude_none=True)}
-    parts: list[Any] = [facts("", _plan_rows(path, plan))]
+    parts: list[Any] = [facts(_plan_rows(path, plan))]
     if verbose:
         rows = [(entry.layer, len(entry.kept), ranges(entry.kept)) for entry in plan.layers.values()]
-        parts += ["", table("", (">layer", ">kept", "experts"), rows)]
+        parts += ["", table((">layer", ">kept", "experts"), rows)]
     out.finish(document, *parts)
 
 

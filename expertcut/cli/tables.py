@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from expertcut.choose.budget import format_size
 from expertcut.runtimes.lint import LintFinding
@@ -18,22 +19,25 @@ if TYPE_CHECKING:
 _STATUS = {"fast": "green", "loads": "yellow", "wrong": "bold red", "refuses": "bold red"}
 
 
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
-    """Build a table; a column named `>…` is right-aligned, cells are printed as they are."""
-    made = Table(title=title or None, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+def heading(text: str) -> Text:
+    """A line above a table."""
+    return Text(text, style="bold")
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
+    """Build a table; a column named `>…` holds numbers and is right-aligned, cells are printed as they are."""
+    made = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for name in columns:
         right = name.startswith(">")
-        made.add_column(name.removeprefix(">"), justify="right" if right else "left", overflow="fold")
+        made.add_column(name.removeprefix(">"), justify="right" if right else "left", no_wrap=right, overflow="fold")
     for row in rows:
         made.add_row(*map(_cell, row))
     return made
 
 
-def facts(title: str, rows: Iterable[tuple[str, object]]) -> Table:
+def facts(rows: Iterable[tuple[str, object]]) -> Table:
     """Build a table of names and values without a header."""
-    made = Table(
-        title=title or None, title_justify="left", title_style="bold", box=None, show_header=False, pad_edge=False
-    )
+    made = Table(box=None, show_header=False, pad_edge=False)
     made.add_column(style="cyan", no_wrap=True)
     made.add_column(overflow="fold")
     for name, value in rows:
@@ -57,20 +61,16 @@ def ranges(numbers: Iterable[int]) -> str:
     return ", ".join("-".join(map(str, run)) for run in runs)
 
 
-def lint_table(findings: Iterable[LintFinding], title: str) -> Table:
+def lint_table(findings: Iterable[LintFinding]) -> Table:
     """Build the table of what the runtimes make of a checkpoint."""
-    from rich.text import Text
-
     rows = [(f.runtime, Text(f.status, _STATUS[f.status]), f.rule, f.reason) for f in findings]
-    return table(title, ("runtime", "status", "rule", "reason"), rows)
+    return table(("runtime", "status", "rule", "reason"), rows)
 
 
 def checks_table(checks: Iterable[Check]) -> Table:
     """Build the table of a verification."""
-    from rich.text import Text
-
     rows = [(Text("ok", "green") if c.ok else Text("FAILED", "bold red"), c.name, c.detail) for c in checks]
-    return table("", ("", "check", "found"), rows)
+    return table(("", "check", "found"), rows)
 
 
 def records(items: Iterable[Any]) -> list[dict[str, Any]]:
@@ -78,7 +78,5 @@ def records(items: Iterable[Any]) -> list[dict[str, Any]]:
     return [asdict(item) for item in items]
 
 
-def _cell(value: object) -> Any:
-    from rich.text import Text
-
+def _cell(value: object) -> Text:
     return value if isinstance(value, Text) else Text(str(value))

@@ -21,11 +21,17 @@ def read_text(
     tokens: int | None, seq_len: int | None, seed: int = 0, packed: bool = True, device: str = "auto",
     dtype: str = "auto",
 ) -> tuple[CalibrationSet, Tokenizer]:  # fmt: skip
-    """Read and tokenise text with the checkpoint's own tokenizer; prints warnings."""
+    """Read and tokenise text with the checkpoint's own tokenizer; prints warnings.
+
+    Device and dtype are checked first, because text can take long.
+    """
     from expertcut.calibrate.data import load_calibration
+    from expertcut.calibrate.run import resolve_dtype
     from expertcut.calibrate.tokenizer import load_tokenizer
+    from expertcut.calibrate.transfer import resolve_device
     from expertcut.model.summary import max_positions
 
+    resolve_dtype(dtype, resolve_device(device), checkpoint)
     limit = max_positions(checkpoint, geometry)
     if seq_len is None:
         seq_len = min(SEQ_LEN, limit or SEQ_LEN)

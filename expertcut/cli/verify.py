@@ -70,7 +70,7 @@ def verify(
         checks += _numeric(out, out_dir, original, calibration or ["builtin"], tokens, seed, device)
         ok = all(check.ok for check in checks)
     skipped = " (not run: --numeric)" if numeric and original is not None and not ok else ""
-    out.finish({"ok": ok, "checks": records(checks)}, checks_table(checks), f"{'ok' if ok else 'FAILED'}{skipped}")
+    out.finish({"ok": ok, "checks": records(checks)}, checks_table(checks), "", f"{'ok' if ok else 'FAILED'}{skipped}")
     if not ok:
         raise typer.Exit(FAILED)
 

@@ -102,8 +102,8 @@ def prepare(ckpt: Checkpoint, geometry: Geometry, plan: Plan, out: str | Path, m
         PlanError, CheckpointError: see `prune`.
         DestinationError: `out` is the source, lies in it or holds it.
     """
-    layout = plan_layout(ckpt, geometry, plan, max_shard_size)
     check_fingerprint(plan.source.fingerprint, ckpt, geometry)
+    layout = plan_layout(ckpt, geometry, plan, max_shard_size)
     target = resolve_destination(ckpt, Path(out))
     before = Size(nbytes=ckpt.nbytes, experts=geometry.num_experts, top_k=geometry.top_k)
     record = Record.of(ckpt, before, layout, plan).to_bytes()
@@ -147,7 +147,7 @@ class Job:
             CheckpointError, DestinationError: see `prune`.
             OSError: the destination cannot be written.
         """
-        if self.partial.exists() and self._sweep() == identity:
+        if self.partial.exists() and self._is_published(identity):
             return True, 0, 0.0
         check_replaceable(self.target, force)
         check_space(self.target, self.needed)
@@ -163,13 +163,18 @@ class Job:
             discard(self.partial)
         return resumed, written, seconds
 
-    def _sweep(self) -> dict[str, str]:
-        """If a former run was killed before it began or after the rename, remove what it left; return what it was."""
+    def _is_published(self, identity: dict[str, str]) -> bool:
+        """Remove what is left of a run killed after its rename, or before its first record; True if it was this run."""
         with open_journal(self.partial) as journal:
-            published = self.target.is_dir() and self.target.stat().st_ino == journal.inode
-            if published or journal.blank:
+            renamed = self.target.is_dir() and self.target.stat().st_ino == journal.inode
+            blank = journal.blank  # also if it was killed between removing the journal and its folder
+            if renamed or blank:
                 discard(self.partial)
-            return journal.identity if published else {}
+            return renamed and journal.identity == identity or blank and self._is_recorded()
+
+    def _is_recorded(self) -> bool:
+        path = self.target / RECORD
+        return path.is_file() and path.read_bytes() == self.record
 
     def _write_shards(self, journal: Journal, progress: Progress) -> int:
         self.made.mkdir(exist_ok=True)

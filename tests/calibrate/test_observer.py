@@ -43,9 +43,7 @@ def folder(name: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def observed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Profile:
     """Two micro-batches, the sequences padded, moments and matrices per domain."""
-    return profile(
-        folder, DATA, tmp_path_factory.mktemp("profile"), micro_tokens=34, moments=True, pair_domains=True
-    )
+    return profile(folder, DATA, tmp_path_factory.mktemp("profile"), micro_tokens=34, moments=True, pair_domains=True)
 
 
 @pytest.fixture(scope="module")
@@ -108,9 +106,7 @@ def test_statistics_agree_with_each_other(folder: Path, observed: Profile) -> No
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3", "gpt_oss"])
-def test_curve_over_k_against_transformers_run_with_that_k(
-    name: str, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_curve_over_k_against_transformers_run_with_that_k(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     """y_k from transformers' own router and experts, set to top-k = k, on the inputs of the default."""
     folder = tiny_model(name, tmp_path_factory)
     data = tokens((20, 20), seed=6)
@@ -159,5 +155,3 @@ def test_bfloat16_is_close_to_float32(folder: Path, observed: Profile, tmp_path:
         np.testing.assert_allclose(found.out_sq, expected.out_sq, rtol=0.15)
         np.testing.assert_allclose(found.gate_sum.sum(), expected.gate_sum.sum(), rtol=0.05)
         np.testing.assert_allclose(found.entropy, expected.entropy, rtol=0.05)
-
-

@@ -20,7 +20,7 @@ from typing import Any
 from rewrite_models import digest, opened
 
 from expertcut.choose import Plan
-from expertcut.rewrite import destination, kernel, prune
+from expertcut.rewrite import kernel, prune
 
 CALLS = ("fsync", "fdatasync", "mkdir", "unlink", "rmdir", "pwrite", "write", "rename", "ftruncate", "copy_file_range")
 
@@ -57,15 +57,16 @@ def in_child(work: Callable[[], object]) -> int:
 
 
 def main() -> None:
-    source, plan, folder, old, way = Path(sys.argv[1]), Plan.load(sys.argv[2]), Path(sys.argv[3]), sys.argv[4], sys.argv[5]
+    source, folder, old, way = Path(sys.argv[1]), Path(sys.argv[3]), sys.argv[4], sys.argv[5]
+    plan = Plan.load(sys.argv[2])
     if way == "rename":
-        destination.exchange = lambda one, other: False  # a system that cannot
+        kernel._EXCHANGE = 1 << 30  # a flag that no system knows
     ckpt, geometry = opened(source)
     before = digest(Path(old)) if old != "-" else None
     out = folder / "out"
 
     def run() -> None:
-        prune(ckpt, geometry, plan, out, max_shard_size=700, force=before is not None)
+        prune(ckpt, geometry, plan, out, max_shard_size=1500, force=before is not None)
 
     def state() -> str:
         if not out.exists():
@@ -74,7 +75,7 @@ def main() -> None:
         return "new" if found == after else "old" if found == before else "other"
 
     run_once = folder / "once"
-    prune(ckpt, geometry, plan, run_once, max_shard_size=700)
+    prune(ckpt, geometry, plan, run_once, max_shard_size=1500)
     after = digest(run_once)
     shutil.rmtree(run_once)
     seen = []

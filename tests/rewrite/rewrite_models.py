@@ -1,4 +1,4 @@
-"""Small checkpoints written byte by byte, with the truth about every tensor kept beside: what a pruner must leave of them.
+"""Small checkpoints written byte by byte, and the truth about every tensor beside: what a pruner must leave of it.
 
 Bytes are random; routers are plain BF16 numbers, because plans look at them. Nothing of the code under test is used.
 """
@@ -9,7 +9,7 @@ import hashlib
 import json
 import random
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -81,7 +81,7 @@ class Model:
         names = list(self.tensors)
         borders = sorted(random.Random(self.seed).sample(range(1, len(names)), min(shards, len(names)) - 1))
         parts = [names[a:b] for a, b in zip([0, *borders], [*borders, len(names)], strict=True)]
-        index = {}
+        index: dict[str, str] = {}
         for number, part in enumerate(parts, start=1):
             file = f"model-{number:05d}-of-{len(parts):05d}.safetensors" if shards > 1 else "model.safetensors"
             (root / file).write_bytes(file_bytes({n: self.tensors[n] for n in part}))
@@ -194,11 +194,16 @@ def gpt_oss(seed: int = 0) -> Model:
 
 
 def large(seed: int = 0) -> Model:
-    """70 MB of experts of the kind of `qwen3`, each projection more than a megabyte."""
+    """86 MB of experts of the kind of `qwen3`, each projection more than a megabyte."""
     return qwen3(seed, width=180_000)
 
 
-MODELS = {"qwen3": qwen3, "qwen3_vl": qwen3_vl, "deepseek": deepseek, "gpt_oss": gpt_oss}
+MODELS: dict[str, Callable[[], Model]] = {
+    "qwen3": qwen3,
+    "qwen3_vl": qwen3_vl,
+    "deepseek": deepseek,
+    "gpt_oss": gpt_oss,
+}
 
 
 def opened(root: Path) -> tuple[Checkpoint, Geometry]:

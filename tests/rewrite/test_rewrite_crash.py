@@ -3,10 +3,13 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -39,23 +42,34 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
         time.sleep(0.0005)
 
 
+@pytest.fixture
+def memory(tmp_path: Path) -> Iterator[Path]:
+    """A folder in memory, where syncs cost nothing, or else on disk."""
+    shared = "/dev/shm"
+    if not os.access(shared, os.W_OK):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir=shared) as folder:
+        yield Path(folder)
+
+
 @pytest.mark.parametrize("old, way", [(False, "exchange"), (True, "exchange"), (True, "rename")])
-def test_killed_at_every_call_and_resumed(old: bool, way: str, tmp_path: Path) -> None:
-    ckpt, geometry = opened(deepseek().write(tmp_path / "in"))
-    half(ckpt, geometry).save(tmp_path / "plan.json")
+def test_killed_at_every_call_and_resumed(old: bool, way: str, memory: Path) -> None:
+    ckpt, geometry = opened(deepseek().write(memory / "in"))
+    half(ckpt, geometry).save(memory / "plan.json")
     if old:
-        prune(ckpt, geometry, plan_for(ckpt, geometry, [range(8)] * 2), tmp_path / "old")
-    (tmp_path / "work").mkdir()
-    command = [HERE / "crash_driver.py", tmp_path / "in", tmp_path / "plan.json", tmp_path / "work"]
+        prune(ckpt, geometry, plan_for(ckpt, geometry, [range(8)] * 2), memory / "old")
+    (memory / "work").mkdir()
+    command = [HERE / "crash_driver.py", memory / "in", memory / "plan.json", memory / "work"]
     env = os.environ | {"PYTHONPATH": str(HERE.parents[1]), "OPENBLAS_NUM_THREADS": "1"}
     run = subprocess.run(
-        [sys.executable, *map(str, command), str(tmp_path / "old") if old else "-", way],
+        [sys.executable, *map(str, command), str(memory / "old") if old else "-", way],
         env=env, capture_output=True, text=True,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     seen = json.loads(run.stdout)
     states = [killed for killed, *_ in seen]
-    assert len(states) > 100
+    assert len(states) > 80
     allowed = {"new"} | ({"old"} if old else {"absent"}) | ({"absent"} if way == "rename" else set())
     assert set(states) <= allowed
     assert states == sorted(states, key=["old", "absent", "new"].index)  # once new, always new
@@ -91,8 +105,7 @@ def test_twenty_kills_at_random_moments(tmp_path: Path) -> None:
             prune(ckpt, geometry, plan, out, max_shard_size=3_000_000)
         assert digest(out) == whole
         assert listing(out.parent) == ["out"]
-        for path in (*out.iterdir(),):
-            path.unlink()
+        shutil.rmtree(out)
     assert midway, "no kill came before the end"
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ def contents(ckpt: Checkpoint) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
 
 @every_model
 @pytest.mark.parametrize("limit", [1, 700, 10**9], ids=["one tensor a shard", "several shards", "one shard"])
-def test_survivors_keep_their_bytes(make: type[Model], limit: int, tmp_path: Path) -> None:
+def test_survivors_keep_their_bytes(make: Callable[[], Model], limit: int, tmp_path: Path) -> None:
     model = make()
     ckpt, geometry = opened(model.write(tmp_path / "in"))
     plan = half(ckpt, geometry)
@@ -34,7 +35,7 @@ def test_survivors_keep_their_bytes(make: type[Model], limit: int, tmp_path: Pat
 
 
 @every_model
-def test_the_identity_plan_changes_no_tensor(make: type[Model], tmp_path: Path) -> None:
+def test_the_identity_plan_changes_no_tensor(make: Callable[[], Model], tmp_path: Path) -> None:
     model = make()
     ckpt, geometry = opened(model.write(tmp_path / "in"))
     plan = plan_for(ckpt, geometry, [range(8)] * len(geometry.trunk))
@@ -46,11 +47,12 @@ def test_the_identity_plan_changes_no_tensor(make: type[Model], tmp_path: Path) 
 
 
 @every_model
-def test_shards_are_what_runtimes_expect(make: type[Model], tmp_path: Path) -> None:
+def test_shards_are_what_runtimes_expect(make: Callable[[], Model], tmp_path: Path) -> None:
     ckpt, geometry = opened(make().write(tmp_path / "in"))
     prune(ckpt, geometry, half(ckpt, geometry), tmp_path / "out", max_shard_size=900)
     index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
-    found, total = {}, 0
+    found: dict[str, str] = {}
+    total = 0
     for shard in sorted((tmp_path / "out").glob("*.safetensors")):
         tensors, metadata = read_header(shard)
         assert metadata == {"format": "pt"}
@@ -122,7 +124,8 @@ def test_entries_for_all_experts_are_kept(entry: str, tmp_path: Path) -> None:
 
 
 def test_companions_come_along_with_normal_permissions(tmp_path: Path) -> None:
-    files = {"tokenizer.json": b"x" * 300_000, "code/deep/model.py": b"pass\n", "empty.txt": b"", "expertcut.json": b"{}"}
+    files = {"tokenizer.json": b"x" * 300_000, "code/deep/model.py": b"pass\n", "empty.txt": b""}
+    files["expertcut.json"] = b"{}"
     ckpt, geometry = opened(qwen3().write(tmp_path / "in", companions=files))
     (tmp_path / "in/empty.txt").chmod(0o400)
     prune(ckpt, geometry, half(ckpt, geometry), tmp_path / "out")

@@ -8,7 +8,15 @@ import pytest
 
 from expertcut.checkpoint import open_checkpoint
 from expertcut.model import read_geometry
-from expertcut.runtimes.lint import broken_rules, ep_sizes, fast_expert_counts, lint, lint_subject, tp_sizes
+from expertcut.runtimes.lint import (
+    broken_rules,
+    ep_sizes,
+    fast_expert_counts,
+    lint,
+    lint_subject,
+    nearest_fast_counts,
+    tp_sizes,
+)
 from expertcut.runtimes.rules import RULES, RUNTIMES, LintSubject
 
 QWEN3 = LintSubject("qwen3_moe", 128, 8)
@@ -111,3 +119,10 @@ def test_subject_of_the_built_in_model(demo_model: Path) -> None:
     assert subject == LintSubject("qwen3_moe", 32, 4, topk_group=1, group_best=2, tied_head=True)
     renamed = {("num_local_experts" if k == "num_experts" else k): v for k, v in checkpoint.config.items()}
     assert lint_subject(read_geometry(checkpoint), renamed).expert_key == "num_experts"
+
+
+def test_nearest_fast_counts() -> None:
+    assert nearest_fast_counts(replace(QWEN3, experts=64), 128) == (64, 64)
+    assert nearest_fast_counts(replace(QWEN3, experts=100), 128) == (64, 128)
+    assert nearest_fast_counts(replace(QWEN3, experts=100), 100) == (64, None)
+    assert nearest_fast_counts(replace(QWEN3, experts=4, top_k=8), 128) == (None, 8)

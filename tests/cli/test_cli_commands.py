@@ -1,0 +1,239 @@
+"""Every command on the built-in model: what it prints, as JSON and as tables, and what it leaves on disk."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from rich.console import Console
+
+from expertcut.checkpoint import open_checkpoint
+from expertcut.choose import Plan
+from expertcut.cli.common import WIDE, Output, console
+from expertcut.cli.tables import ranges, table
+
+if TYPE_CHECKING:
+    from command_line import Cli
+
+pytest_plugins = ("command_line",)
+
+
+def test_inspect(cli: Cli, demo_model: Path) -> None:
+    found = cli("inspect", demo_model, "--json").document
+    checkpoint = open_checkpoint(demo_model)
+    assert found["model"] == str(demo_model)
+    assert (found["family"], found["experts"], found["top_k"]) == ("qwen3_moe", 32, 4)
+    assert found["moe_layers"] == [0, 1, 2, 3] and found["mtp_layers"] == []
+    assert found["nbytes"] == checkpoint.nbytes == 2 * found["parameters"]
+    one = 2 * (3 * 96 * 64 + 96)  # three matrices and a router row, in BF16
+    assert found["nbytes_per_expert"] == 4 * one
+    assert found["nbytes_experts"] == 32 * 4 * one
+    assert found["activated"] == found["parameters"] - 28 * 4 * one // 2
+    assert {finding["runtime"] for finding in found["lint"]} >= {"transformers", "vLLM", "llama.cpp", "mlx-lm"}
+    text = cli("inspect", demo_model).out
+    assert "qwen3_moe" in text and "5,826,752 bytes" in text and "2.91 million" in text
+
+
+def test_profile_writes_what_it_says(cli: Cli, demo_model: Path, tmp_path: Path) -> None:
+    args = ("profile", demo_model, "--calibration", "builtin,self", "--tokens", 1200, "--seq-len", 64, "--padded")
+    ran = cli(*args, "--seed", 3, "--resident", "--pair-domains", "--moments", "-o", tmp_path / "p", "--json")
+    found = ran.document
+    assert found["tokens"] == sum(found["domains"].values())
+    assert found["domains"]["self"] == 600
+    meta = json.loads((tmp_path / "p/profile.json").read_text())
+    assert (meta["pair_domains"], meta["moments"]) == (True, True)
+    assert (meta["data"][0]["seed"], meta["data"][0]["packed"], meta["data"][0]["seq_len"]) == (3, False, 64)
+    assert cli("profile", *args[1:], "--resident", "--force", "-o", tmp_path / "p", "--json").code == 0
+    assert json.loads((tmp_path / "p/profile.json").read_text())["data"][0]["seed"] == 0
+
+
+def test_the_models_limit_bounds_the_sequences(cli: Cli, demo_model: Path, tmp_path: Path) -> None:
+    ran = cli("profile", demo_model, "--calibration", "builtin", "--tokens", 2000, "-o", tmp_path / "p", "--json")
+    assert ran.document["seq_len"] == 1024
+    assert "sequences of 1024 tokens, the model's limit" in ran.err
+
+
+def test_too_little_text_is_a_warning(cli: Cli, demo_model: Path, tmp_path: Path) -> None:
+    text = tmp_path / "short.txt"
+    text.write_text("A short text.\n")
+    ran = cli("eval", demo_model, "--data", text, "--tokens", 1000, "--seq-len", 64, "--json")
+    assert ran.document["tokens"] < 20
+    assert ran.err.startswith(f"warning: {text}: short: only ")
+
+
+def test_merge_adds_up(cli: Cli, demo_model: Path, profiled: Path, tmp_path: Path) -> None:
+    args = ("profile", demo_model, "--calibration", "builtin-heldout", "--tokens", 1000, "--seq-len", 128)
+    other = cli(*args, "-o", tmp_path / "other", "--json").document
+    found = cli("merge", profiled, tmp_path / "other", "-o", tmp_path / "sum", "--json").document
+    assert found["tokens"] == 3000 + other["tokens"]
+    assert found["domains"] == {
+        name: count + json.loads((profiled / "profile.json").read_text())["data"][0]["tokens"][name]
+        for name, count in other["domains"].items()
+    }
+    again = cli("merge", tmp_path / "sum", tmp_path / "other", "-o", tmp_path / "twice")
+    assert again.code == 4 and "count twice" in again.err
+    assert not (tmp_path / "twice").exists()
+
+
+def test_show_profile(cli: Cli, profiled: Path) -> None:
+    found = cli("show", profiled, "--domains", "--json").document
+    assert [layer["layer"] for layer in found["layers"]] == [0, 1, 2, 3]
+    for layer in found["layers"]:
+        assert layer["tokens"] == 3000
+        assert 0 <= layer["dead"] < 28 and layer["busiest"] >= 1
+        lost, error = layer["lost_mass"], layer["relative_error"]
+        assert len(lost) == len(error) == 3
+        assert lost == sorted(lost, reverse=True) and error == sorted(error, reverse=True)
+    for number in range(4):
+        per_domain = [layers[number]["tokens"] for layers in found["layers_by_domain"].values()]
+        assert sum(per_domain) == 3000
+    text = cli("show", profiled, "--domains").out
+    assert text.count("gate weight lost") == 1 + len(found["domains"])
+
+
+def test_show_plan(cli: Cli, planned: Path) -> None:
+    found = cli("show", planned, "--json").document
+    plan = Plan.load(planned)
+    assert found["layers"]["model.layers.2.mlp"]["kept"] == list(plan.layers["model.layers.2.mlp"].kept)
+    assert found["provenance"]["criterion"] == "reap"
+    short, long = cli("show", planned).out, cli("show", planned, "-v").out
+    kept = ranges(plan.layers["model.layers.2.mlp"].kept)
+    assert kept in long and kept not in short
+
+
+def test_plan_records_the_command_as_typed(cli: Cli, demo_model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "with space.json"
+    cli("plan", demo_model, "--strategy", "random", "--seed", 7, "--keep", "50%", "-o", out)
+    plan = Plan.load(out)
+    typed = f"expertcut plan {demo_model} --strategy random --seed 7 --keep 50% -o '{out}'"
+    assert plan.provenance["command"] == typed
+    assert plan.experts == 16
+
+
+def test_plan_options_reach_the_plan(cli: Cli, demo_model: Path, profiled: Path, tmp_path: Path) -> None:
+    options = ["--strategy", "energy", "--profile", profiled, "--experts", 12, "--top-k", 2]
+    more = ["--protect", "1:0,5", "--protect", "7", "--protect-super", "--domain-weights", "german=2,french=1"]
+    found = cli("plan", demo_model, *options, *more, "-o", tmp_path / "p.json", "--json").document
+    assert found["experts"] == {"before": 32, "after": 12}
+    assert found["top_k"] == {"before": 4, "after": 2}
+    assert found["nbytes"]["before"] - found["nbytes"]["after"] == 20 * 4 * 2 * (3 * 96 * 64 + 96)
+    assert found["nearest_fast"] == {"below": 8, "above": 16}
+    assert any(finding["status"] == "loads" for finding in found["lint"] if finding["runtime"] == "vLLM")
+    plan = Plan.load(tmp_path / "p.json")
+    assert {0, 5, 7} <= set(plan.layers["model.layers.1.mlp"].kept)
+    assert all(7 in layer.kept for layer in plan.layers.values())
+    assert plan.provenance["domain_weights"] == {"german": 2.0, "french": 1.0}
+    for prefix, ids in found["super_experts"].items():
+        assert set(ids) <= set(plan.layers[prefix].kept)
+
+
+def test_fit_takes_the_largest_fast_count(cli: Cli, demo_model: Path, tmp_path: Path) -> None:
+    args = ("plan", demo_model, "--strategy", "router-norm", "-o", tmp_path / "p.json", "--fit")
+    found = cli(*args, "4MB", "--json").document
+    assert found["experts"]["after"] == 16
+    assert found["nearest_fast"] == {"below": 16, "above": 16}
+    assert "keeping 16 of 32 experts" in found["note"]
+    assert "keeping 16 of 32 experts" in cli(*args, "2MB", "--tp", 2).out
+    assert cli(*args, "1MB").code == 4
+
+
+def test_dry_run_tells_exactly_what_is_written_then(cli: Cli, demo_model: Path, planned: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    args = ("prune", demo_model, out, "--plan", planned, "--max-shard-size", "1MB")
+    told = cli(*args, "--dry-run", "--json").document
+    assert list(tmp_path.iterdir()) == []
+    done = cli(*args, "--json").document
+    assert told["files"] == {path.name: path.stat().st_size for path in out.iterdir()}
+    assert told["bytes_to_write"] == sum(told["files"].values())
+    assert told["config"] == [{"key": "num_experts", "old": 32, "new": 16}]
+    assert told["experts"] == done["experts"] and told["nbytes"] == done["nbytes"]
+    assert done["nbytes_after"] == done["nbytes"]["after"] == open_checkpoint(out).nbytes
+    assert all(check["ok"] for check in done["checks"]) and len(done["checks"]) > 5
+
+
+def test_prune_without_a_plan_file(cli: Cli, demo_model: Path, tmp_path: Path) -> None:
+    args = ("prune", demo_model, tmp_path / "out", "--strategy", "last", "--drop", 24)
+    found = cli(*args, "--no-verify", "--json").document
+    assert found["experts"]["after"] == 8 and found["checks"] == []
+    assert cli(*args).code == 1
+    assert cli(*args, "--force").code == 0
+    record = json.loads((tmp_path / "out/expertcut.json").read_text())
+    assert record["plan"]["layers"]["model.layers.0.mlp"]["kept"] == list(range(24, 32))
+
+
+def test_verify(cli: Cli, demo_model: Path, pruned: Path) -> None:
+    alone = cli("verify", pruned, "--json")
+    assert alone.code == 0
+    found = cli("verify", pruned, "--source", demo_model, "--numeric", "--tokens", 300, "--json").document
+    assert set(found) == {"ok", "checks"} and found["ok"] is True
+    assert all(set(check) == {"name", "ok", "detail"} for check in found["checks"])
+    names = [check["name"] for check in found["checks"]]
+    assert len(alone.document["checks"]) < len(names)
+    assert "tensor bytes" in names and any(name.startswith("numeric: logits equal") for name in names)
+
+
+def test_verify_finds_a_changed_byte(cli: Cli, demo_model: Path, planned: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert cli("prune", demo_model, out, "--plan", planned).code == 0
+    raw = bytearray((out / "model.safetensors").read_bytes())
+    raw[-1] ^= 1
+    (out / "model.safetensors").write_bytes(raw)
+    ran = cli("verify", out, "--source", demo_model, "--numeric", "--json")
+    assert ran.code == 5
+    assert ran.document["ok"] is False
+    assert [check["name"] for check in ran.document["checks"] if not check["ok"]] == ["tensor bytes"]
+    text = cli("verify", out, "--source", demo_model).out
+    assert "FAILED" in text and "tensor bytes" in text
+
+
+def test_verify_reports_a_checkpoint_that_does_not_open(cli: Cli, tmp_path: Path) -> None:
+    ran = cli("verify", tmp_path, "--json")
+    assert ran.code == 5
+    assert [check["name"] for check in ran.document["checks"]] == ["opens"]
+
+
+def test_eval(cli: Cli, demo_model: Path, planned: Path, pruned: Path) -> None:
+    args = ("--data", "builtin-heldout", "--tokens", 1500, "--seq-len", 128)
+    found = cli("eval", demo_model, "--plan", planned, *args, "--json").document
+    base, half = found["results"]
+    assert (base["name"], half["name"]) == ("base", str(planned))
+    assert base["overall"]["change"] == 0 < half["overall"]["change"]
+    assert half["overall"]["change"] == pytest.approx(half["overall"]["nll"] - base["overall"]["nll"])
+    assert set(base["domains"]) == {"prose", "documentation", "german", "french", "python", "arithmetic"}
+    tokens = sum(domain["tokens"] for domain in half["domains"].values())
+    mean = sum(domain["tokens"] * domain["nll"] for domain in half["domains"].values()) / tokens
+    assert half["overall"]["tokens"] == tokens
+    assert half["overall"]["nll"] == pytest.approx(mean)
+    (written,) = cli("eval", pruned, *args, "--json").document["results"]
+    assert written["overall"]["nll"] == half["overall"]["nll"]
+    text = cli("eval", demo_model, "--plan", planned, *args).out
+    assert f"{half['overall']['nll']:.4f}" in text and f"{half['overall']['change']:+.4f}" in text
+
+
+def test_tables_are_not_cut_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    long = "x" * (WIDE // 3)
+    console(sys.stdout).print(table(("name", ">bytes"), [(long, "1,234,567")]))
+    lines = capsys.readouterr().out.splitlines()
+    assert any(long in line and "1,234,567" in line for line in lines)
+    assert "\x1b" not in "".join(lines)
+
+
+def test_ranges() -> None:
+    assert ranges([]) == ""
+    assert ranges([3]) == "3"
+    assert ranges([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8"
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_is_for_terminals(terminal: bool) -> None:
+    printed = io.StringIO()
+    out = Output(())
+    out._stderr = Console(file=printed, force_terminal=terminal, width=100)
+    with out.progress("writing", lambda speed: f"{speed:.0f} B/s", 10) as advance, out.busy("checking"):
+        for done in range(1, 6):
+            advance(done, 5)
+    assert ("writing" in printed.getvalue() and "100%" in printed.getvalue()) is terminal
