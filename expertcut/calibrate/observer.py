@@ -55,7 +55,7 @@ def observed_experts(
         if observer is not None:
             act_S = _put(act_S, x.abs().amax(-1), at, perm)
         x = _project(experts, "down_proj", x, some, offsets, ids_S[rows])
-        if experts.has_post_expert_norm:
+        if getattr(experts, "has_post_expert_norm", False):  # since transformers 5.20
             x = experts.post_expert_norm(x)
         if observer is not None and observer.moments:
             plain_SH = _put(plain_SH, x, at, perm)
@@ -173,5 +173,5 @@ def _gram(weighted_TKH: torch.Tensor) -> torch.Tensor:
         return torch.bmm(weighted_TKH, weighted_TKH.transpose(1, 2))
     if weighted_TKH.is_cuda:
         return torch.bmm(weighted_TKH, weighted_TKH.transpose(1, 2), out_dtype=torch.float32)
-    wide = (some.float() for some in weighted_TKH.split(CHUNK_ROWS // weighted_TKH.shape[1] or 1))
+    wide = (some.float() for some in torch.split(weighted_TKH, CHUNK_ROWS // weighted_TKH.shape[1] or 1))
     return torch.cat([torch.bmm(some, some.transpose(1, 2)) for some in wide])

@@ -340,8 +340,8 @@ class _LazyArrays(Mapping[str, np.ndarray]):
     def __init__(self, path: Path) -> None:
         if not path.exists():
             raise FileNotFoundError(2, "missing", str(path))
-        self._file: Any = safe_open(path, framework="np")
-        self._names = tuple(sorted(self._file.keys()))  # noqa: SIM118
+        file: Any = safe_open(path, framework="np")
+        self._file, self._names = file, tuple(sorted(file.keys()))  # noqa: SIM118
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of an array, from the header."""

@@ -51,7 +51,7 @@ def lint(subject: LintSubject) -> list[LintFinding]:
         findings += [LintFinding(runtime, rule.status, rule.name, rule.reason.format(s=subject)) for rule in broken]
         if not broken:
             concerned = sum(runtime in rule.runtimes and rule.concerns(subject) for rule in RULES)
-            findings.append(LintFinding(runtime, "fast", "all", f"all {concerned} rules hold"))
+            findings.append(LintFinding(runtime, "fast", "all", f"{concerned} of {concerned} rules hold"))
     return findings
 
 
