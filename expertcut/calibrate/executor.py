@@ -1,8 +1,8 @@
 """The streaming executor: one decoder layer in memory at a time, every micro-batch through it.
 
-The model is built on the meta device and its layers are replaced by recorders. One cheap pass (embeddings, masks, rotary
-embeddings) captures what each layer is called with; then each layer is filled from the shards, run, and released. Memory:
-about one layer plus the hidden states. Each weight is read once.
+The model is built on the meta device and its layers are replaced by recorders. One cheap pass (embeddings, masks,
+rotary embeddings) captures what each layer is called with; then each layer is filled from the shards, run, and
+released. Memory: about one layer plus the hidden states. Each weight is read once.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class LayerStream:
         first = self._recorders[0].entered
         if first is None or any(r.call is None or r.entered is not first for r in self._recorders):
             raise CheckpointError(
-                f"{type(self.model).__name__}: its decoder layers are not a plain sequence, so that they cannot be streamed"
+                f"{type(self.model).__name__}: its decoder layers are not a plain sequence and cannot be streamed"
             )
         calls = [r.call for r in self._recorders if r.call is not None]
         if like is not None:

@@ -190,9 +190,8 @@ class WeightLoader:
 
     def _check_shape(self, target: str, found: Iterable[int]) -> None:
         if tuple(found) != tuple(self._meta[target].shape):
-            raise CheckpointError(
-                f"{self.reader.checkpoint.name}: {target}: shape {list(found)}, expected {list(self._meta[target].shape)}"
-            )
+            expected = list(self._meta[target].shape)
+            raise CheckpointError(f"{self.reader.checkpoint.name}: {target}: shape {list(found)}, expected {expected}")
 
     def _target_dtype(self, target: str) -> torch.dtype:
         if not self._meta[target].is_floating_point():
@@ -215,7 +214,7 @@ class WeightLoader:
         parameter._is_hf_initialized = True  # type: ignore[attr-defined]
 
     def _fill_buffers(self, module: nn.Module, recurse: bool) -> None:
-        """Compute buffers that checkpoints do not store, such as rotary frequencies, as transformers does on loading."""
+        """Compute buffers that checkpoints do not store, such as rotary frequencies, as transformers does."""
         for owner in module.modules() if recurse else [module]:
             empty = {n: b for n, b in owner._buffers.items() if b is not None and b.is_meta}
             if empty:

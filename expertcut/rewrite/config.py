@@ -12,6 +12,8 @@ from expertcut.checkpoint import Checkpoint
 from expertcut.errors import ConfigConflictError
 from expertcut.model import Edit, Geometry
 
+ABSENT = "(absent)"
+
 
 def edit_config(config: dict[str, Any], edits: Iterable[Edit]) -> dict[str, Any]:
     """Return a deep copy of `config` with the edits applied; each must find the old value that it names."""
@@ -31,13 +33,13 @@ def config_bytes(config: dict[str, Any]) -> bytes:
 
 
 def differences(old: Any, new: Any, path: tuple[str, ...] = ()) -> Iterator[Edit]:
-    """Yield what differs between two parsed configs: added and removed keys show as None."""
+    """Yield what differs between two parsed configs; a key that one of them lacks shows as `(absent)`."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in old | new:
-            yield from differences(old.get(key), new.get(key), (*path, key))
-        for key in sorted(old.keys() ^ new.keys()):
-            if old.get(key) is None and new.get(key) is None:
-                yield Edit((*path, key), None, None)
+            if key in old and key in new:
+                yield from differences(old[key], new[key], (*path, key))
+            else:
+                yield Edit((*path, key), old.get(key, ABSENT), new.get(key, ABSENT))
     elif json.dumps(old, sort_keys=True) != json.dumps(new, sort_keys=True):  # 1 is not true, NaN is NaN
         yield Edit(path, old, new)
 

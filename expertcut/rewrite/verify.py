@@ -44,7 +44,8 @@ def require(checks: Iterable[Check]) -> None:
     """
     failed = [check for check in checks if not check.ok]
     if failed:
-        raise VerifyError("; ".join(f"{check.name}: {check.detail}" for check in failed))
+        found = "; ".join(f"{check.name}: {check.detail}" for check in failed)
+        raise VerifyError(found, "write it again from its unchanged source with --force")
 
 
 def verify_structure(out: str | Path | Checkpoint, source: Checkpoint | None = None) -> list[Check]:

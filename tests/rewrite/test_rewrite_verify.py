@@ -182,13 +182,13 @@ DAMAGES: dict[str, tuple[str, str, Damage]] = {
     "another quantisation": ("config", r"quantization_config\.quant_method is 'int4', expected 'fp8'", lambda out: (
         edit_json(out / "config.json", lambda config: config["quantization_config"].update(quant_method="int4"))
     )),
-    "a lost key": ("config", "first_k_dense_replace is None, expected 1", lambda out: (
+    "a lost key": ("config", r"first_k_dense_replace is '\(absent\)', expected 1", lambda out: (
         edit_json(out / "config.json", lambda config: config.pop("first_k_dense_replace"))
     )),
     "a changed type": ("config", "norm_topk_prob is 1, expected True", lambda out: (
         edit_json(out / "config.json", lambda config: config.update(norm_topk_prob=1))
     )),
-    "a new key": ("config", "extra is None, expected None", lambda out: (
+    "a new key": ("config", r"extra is None, expected '\(absent\)'", lambda out: (
         edit_json(out / "config.json", lambda config: config.update(extra=None))
     )),
     "a renamed tensor": ("tensors", r"no tensor model\.embed_tokens\.weight .*; .*tensor other should not be there",
