@@ -107,6 +107,7 @@ def _preview(
 ) -> None:
     from expertcut.cli.planning import outcome
     from expertcut.cli.tables import facts, size, table
+    from expertcut.rewrite.config import describe
     from expertcut.rewrite.destination import check_replaceable, check_space
     from expertcut.rewrite.writer import prepare
 
@@ -122,7 +123,7 @@ def _preview(
     rows: list[tuple[str, object]] = [
         ("would write", f"{size(job.needed)} in {len(files)} files to {out_dir}"),
         ("through memory", f"{size(layout.in_memory)} of sliced tensors; the kernel copies the rest"),
-        ("config.json", ", ".join(f"{e['key']} {e['old']} → {e['new']}" for e in edits) or "unchanged"),
+        ("config.json", ", ".join(map(describe, layout.edits)) or "unchanged"),
     ]
     listing = table(("file", ">bytes"), [(name, f"{nbytes:,}") for name, nbytes in sorted(files.items())])
     out.finish(document, facts(rows + result.rows), "", listing, "", result.lint)

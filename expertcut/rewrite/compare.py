@@ -110,6 +110,14 @@ def changed_files(ckpt: Checkpoint, source: Checkpoint, names: Sequence[str]) ->
                 yield f"{path}: {'differs from the source' if path.is_file() else 'missing'}"
 
 
+def wrong_files(ckpt: Checkpoint, expected: Mapping[str, bytes]) -> Iterator[str]:
+    """Yield companions that do not hold what they must."""
+    for name, data in expected.items():
+        path = ckpt.path / name
+        if not path.is_file() or path.read_bytes() != data:
+            yield f"{path}: {'is not what the plan makes of it' if path.is_file() else 'missing'}"
+
+
 def _equal(survivor: Survivor, found: TensorInfo, old: _Reader, new: _Reader) -> bool:
     source, axis = survivor.source, survivor.axis
     if survivor.kept is None or not found.nbytes:

@@ -14,12 +14,13 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from expertcut.checkpoint import DTYPE_BITS, Checkpoint, TensorInfo, build_header
+from expertcut.checkpoint import DTYPE_BITS, Checkpoint, TensorInfo, build_header, load_json
 from expertcut.checkpoint.local import INDEX, SINGLE
 from expertcut.choose.plan import Plan, kept_by_block, validate
 from expertcut.errors import CheckpointError, UsageError
 from expertcut.model import Edit, ExpertTensor, Geometry, Sliced
-from expertcut.rewrite.config import check_quantization, edit_config
+from expertcut.rewrite.config import config_bytes, edit_config
+from expertcut.rewrite.quantization import COMPANIONS, quantization_edits, rewrite_document
 
 MAX_SHARD_SIZE = 5 * 10**9
 """Bytes of tensor data per shard unless asked otherwise; what transformers calls 5GB."""
@@ -127,6 +128,8 @@ class Layout:
     edits: tuple[Edit, ...]
     companions: Mapping[str, int]
     """Files copied as they are, with their bytes."""
+    documents: Mapping[str, bytes]
+    """Contents of companions that name single experts, rewritten like the config."""
     experts: int
     top_k: int
 
@@ -144,7 +147,8 @@ class Layout:
     def files(self) -> dict[str, int]:
         """Names and bytes of shards, index and companions."""
         shards = {shard.name: shard.nbytes for shard in self.shards}
-        return shards | ({INDEX: len(self.index)} if self.index else {}) | dict(self.companions)
+        documents = {name: len(data) for name, data in self.documents.items()}
+        return shards | ({INDEX: len(self.index)} if self.index else {}) | dict(self.companions) | documents
 
 
 def plan_layout(ckpt: Checkpoint, geometry: Geometry, plan: Plan, max_shard_size: int = MAX_SHARD_SIZE) -> Layout:
@@ -153,20 +157,48 @@ def plan_layout(ckpt: Checkpoint, geometry: Geometry, plan: Plan, max_shard_size
     Raises:
         PlanError: the plan cannot be carried out on this geometry.
         CheckpointError: a tensor cannot be cut at byte borders, a companion is gone, or the quantization config names
-            single experts.
+            single experts in a way that cannot be rewritten exactly.
         UsageError: `max_shard_size` is not positive.
     """
     if max_shard_size < 1:
         raise UsageError(f"--max-shard-size {max_shard_size}: expected a positive number of bytes")
     validate(plan, geometry)
-    check_quantization(ckpt, geometry)
-    experts, top_k = plan.experts, plan.top_k(geometry)
-    edits = tuple(geometry.config_edits(ckpt.config, experts, top_k))
-    groups = list(pack(out_tensors(ckpt, geometry, kept_by_block(plan, geometry)), max_shard_size))
+    kept, edits = kept_by_block(plan, geometry), config_edits(ckpt, geometry, plan)
+    groups = list(pack(out_tensors(ckpt, geometry, kept), max_shard_size))
     shards = tuple(_shard(_shard_name(i, len(groups)), group) for i, group in enumerate(groups))
+    documents = rewritten_companions(ckpt, geometry, kept)
+    companions = {name: size for name, size in _companions(ckpt).items() if name not in documents}
     return Layout(
-        shards, _index(shards), edit_config(ckpt.config, edits), edits, _companions(ckpt), experts, top_k
+        shards, _index(shards), edit_config(ckpt.config, edits), edits, companions, documents, plan.experts,
+        plan.top_k(geometry),
     )  # fmt: skip
+
+
+def config_edits(ckpt: Checkpoint, geometry: Geometry, plan: Plan) -> tuple[Edit, ...]:
+    """Return every value of `config.json` that a plan changes.
+
+    Raises:
+        ConfigConflictError: an entry of the quantization config cannot be rewritten exactly.
+    """
+    owned = geometry.config_edits(ckpt.config, plan.experts, plan.top_k(geometry))
+    return (*owned, *quantization_edits(ckpt.config, geometry, kept_by_block(plan, geometry)))
+
+
+def rewritten_companions(
+    ckpt: Checkpoint, geometry: Geometry, kept: Mapping[str, Sequence[int]]
+) -> dict[str, bytes]:  # fmt: skip
+    """Return the companions that repeat the quantization config and name single experts, as they must become.
+
+    Raises:
+        CheckpointError: such a file is no valid JSON, or an entry cannot be rewritten exactly.
+    """
+    found = {}
+    for name in set(COMPANIONS) & set(ckpt.companions):
+        old = load_json(ckpt.path / name)
+        new = rewrite_document(old, name, geometry, kept)
+        if json.dumps(new) != json.dumps(old):
+            found[name] = config_bytes(new)
+    return found
 
 
 def out_tensors(ckpt: Checkpoint, geometry: Geometry, kept: Mapping[str, Sequence[int]]) -> Iterator[OutTensor]:

@@ -16,10 +16,10 @@ from expertcut.checkpoint.local import INDEX, SINGLE
 from expertcut.choose.plan import kept_by_block, reachable, validate
 from expertcut.errors import CheckpointError, PlanError, VerifyError
 from expertcut.model import Geometry, check_fingerprint, read_geometry
-from expertcut.rewrite.compare import changed_files, changed_tensors, survivors, wrong_tensors
-from expertcut.rewrite.config import differences, edit_config
+from expertcut.rewrite.compare import changed_files, changed_tensors, survivors, wrong_files, wrong_tensors
+from expertcut.rewrite.config import describe, differences, edit_config
 from expertcut.rewrite.destination import partial_folder
-from expertcut.rewrite.layout import RECORD
+from expertcut.rewrite.layout import RECORD, config_edits, rewritten_companions
 from expertcut.rewrite.record import Record
 
 SHOWN = 5
@@ -84,13 +84,17 @@ def verify_bytes(out: str | Path | Checkpoint, source: Checkpoint) -> list[Check
     geometry = read_geometry(source)
     try:
         ckpt = out if isinstance(out, Checkpoint) else open_checkpoint(out)
-        expected = list(survivors(source, geometry, kept_by_block(Record.load(ckpt.path).plan, geometry)))
+        kept = kept_by_block(Record.load(ckpt.path).plan, geometry)
+        expected = list(survivors(source, geometry, kept))
+        documents = rewritten_companions(source, geometry, kept)
     except (CheckpointError, PlanError) as error:
         return [Check("tensor bytes", False, error.message)]
-    files = [name for name in source.companions if name != RECORD]
+    files = [name for name in source.companions if name != RECORD and name not in documents]
+    companions = [*changed_files(ckpt, source, files), *wrong_files(ckpt, documents)]
+    rewritten = f", {len(documents)} rewritten" if documents else ""
     return [
         _check("tensor bytes", changed_tensors(ckpt, source, expected), f"{ckpt.nbytes} bytes equal the source's"),
-        _check("companions", changed_files(ckpt, source, files), f"{len(files)} files equal the source's"),
+        _check("companions", companions, f"{len(files)} files equal the source's{rewritten}"),
     ]
 
 
@@ -158,15 +162,15 @@ def _against(source: Checkpoint, ckpt: Checkpoint, record: Record) -> list[Check
     except PlanError as error:
         return [Check("plan", False, f"{ckpt.path / RECORD}: {error.message}")]
     expected = list(survivors(source, geometry, kept_by_block(record.plan, geometry)))
-    edits = geometry.config_edits(source.config, record.plan.experts, record.plan.top_k(geometry))
+    edits = config_edits(source, geometry, record.plan)
     config = (
         f"{ckpt.path / 'config.json'}: {'.'.join(d.path)} is {d.new!r}, expected {d.old!r}"
         for d in differences(edit_config(source.config, edits), ckpt.config)
     )
-    changed = ", ".join(f"{'.'.join(edit.path)} {edit.old} → {edit.new}" for edit in edits) or "nothing"
+    changed = ", ".join(map(describe, edits)) or "nothing"
     survived = f"{len(expected)} of {len(source.tensors)} survive, in the source's dtypes and shapes"
     return [
         Check("plan", True, f"fits {source.name}, which it was made for"),
         _check("tensors", wrong_tensors(ckpt, expected), survived),
-        _check("config", config, f"changed: {changed}; all else as in the source, quantization_config included"),
+        _check("config", config, f"changed: {changed}; all else as in the source"),
     ]
