@@ -43,6 +43,7 @@ def prune(
     drop: o.Drop = None,
     fit: o.Fit = None,
     tp: o.TensorParallel = 1,
+    drop_mtp: o.DropMtp = False,
     seed: o.Seed = 0,
     revision: o.Revision = None,
     as_json: o.Json = False,
@@ -76,6 +77,7 @@ def prune(
         tuple(protect or ()),
         protect_super,
         seed,
+        drop_mtp,
     )
     made = _plan(checkpoint, geometry, plan, choice, out.command)
     if dry_run:

@@ -1,4 +1,5 @@
-"""Headers, geometry and plan in; every byte of the new shards accounted for. Pure: nothing is read, nothing written.
+"""Headers, geometry and plan in; every byte of the new shards accounted for. Nothing is written, and of the tensors
+nothing read but the routers of layers that route by token id.
 
 Invariant: kept experts are renumbered 0..E'-1, and each output tensor is a list of byte ranges of its source tensor.
 Where neighbours in an output shard were neighbours in a source shard, their ranges join into one long copy.
@@ -8,17 +9,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from expertcut.checkpoint import DTYPE_BITS, Checkpoint, TensorInfo, build_header, load_json
+from expertcut.checkpoint import DTYPE_BITS, Checkpoint, TensorInfo, build_header, load_json, read_array
 from expertcut.checkpoint.local import INDEX, SINGLE
-from expertcut.choose.plan import Plan, kept_by_block, validate
+from expertcut.choose.plan import Plan, dropped_tensors, kept_by_block, validate
 from expertcut.errors import CheckpointError, UsageError
-from expertcut.model import Edit, ExpertTensor, Geometry, Sliced
+from expertcut.model import Edit, ExpertTensor, Geometry, Remapped, Sliced
+from expertcut.model.hashing import StandIns, stand_ins
 from expertcut.rewrite.config import config_bytes, edit_config
 from expertcut.rewrite.quantization import COMPANIONS, quantization_edits, rewrite_document
 
@@ -56,11 +58,13 @@ class OutTensor:
     nbytes: int
     gather: Gather | None = None
     """None: all bytes of the source tensor."""
+    remap: StandIns | None = None
+    """For a table of expert ids: who takes over from whom."""
 
     @property
     def in_memory(self) -> bool:
         """True if the tensor passes through memory instead of being copied by the kernel."""
-        return self.gather is not None and self.gather.short
+        return self.remap is not None or (self.gather is not None and self.gather.short)
 
     def ranges(self) -> Iterator[tuple[int, int]]:
         """Byte ranges of the source shard, as (offset, bytes), in order."""
@@ -164,7 +168,8 @@ def plan_layout(ckpt: Checkpoint, geometry: Geometry, plan: Plan, max_shard_size
         raise UsageError(f"--max-shard-size {max_shard_size}: expected a positive number of bytes")
     validate(plan, geometry)
     kept, edits = kept_by_block(plan, geometry), config_edits(ckpt, geometry, plan)
-    groups = list(pack(out_tensors(ckpt, geometry, kept), max_shard_size))
+    tensors = out_tensors(ckpt, geometry, kept, plan.top_k(geometry), dropped_tensors(plan, geometry))
+    groups = list(pack(tensors, max_shard_size))
     shards = tuple(_shard(_shard_name(i, len(groups)), group) for i, group in enumerate(groups))
     documents = rewritten_companions(ckpt, geometry, kept)
     companions = {name: size for name, size in _companions(ckpt).items() if name not in documents}
@@ -181,7 +186,8 @@ def config_edits(ckpt: Checkpoint, geometry: Geometry, plan: Plan) -> tuple[Edit
         ConfigConflictError: an entry of the quantization config cannot be rewritten exactly.
     """
     owned = geometry.config_edits(ckpt.config, plan.experts, plan.top_k(geometry))
-    return (*owned, *quantization_edits(ckpt.config, geometry, kept_by_block(plan, geometry)))
+    announced = geometry.mtp_edits(ckpt.config) if plan.mtp == "drop" else []
+    return (*owned, *announced, *quantization_edits(ckpt.config, geometry, kept_by_block(plan, geometry)))
 
 
 def rewritten_companions(
@@ -201,22 +207,33 @@ def rewritten_companions(
     return found
 
 
-def out_tensors(ckpt: Checkpoint, geometry: Geometry, kept: Mapping[str, Sequence[int]]) -> Iterator[OutTensor]:
+def out_tensors(
+    ckpt: Checkpoint, geometry: Geometry, kept: Mapping[str, Sequence[int]], top_k: int | None = None,
+    dropped: Collection[str] = (),
+) -> Iterator[OutTensor]:  # fmt: skip
     """Yield the tensors of the new checkpoint in source order; `kept` holds the kept ids of every block.
 
+    `top_k` is the new one, None for the source's; `dropped` names tensors that go altogether.
+
     Raises:
-        CheckpointError: a tensor cannot be cut at byte borders.
+        CheckpointError: a tensor cannot be cut at byte borders, or a table of expert ids is none.
     """
-    renumber = {prefix: {old: new for new, old in enumerate(ids)} for prefix, ids in kept.items()}
+    tail = range(geometry.num_experts, geometry.num_experts + geometry.tail)
+    renumber = {prefix: {old: new for new, old in enumerate((*ids, *tail))} for prefix, ids in kept.items()}
     for name, role in geometry.roles.items():
         source = ckpt.tensors[name]
+        if name in dropped:
+            continue
         if isinstance(role, ExpertTensor):
             new = renumber[role.block].get(role.expert)
             if new is not None:
                 prefix = geometry.blocks[role.block].expert_prefix
                 yield OutTensor(f"{prefix}{new}.{role.part}", source, source.shape, source.nbytes)
         elif isinstance(role, Sliced):
-            yield _sliced(source, role, kept[role.block])
+            yield _sliced(source, role, (*kept[role.block], *tail[: role.tail]))
+        elif isinstance(role, Remapped):
+            router = read_array(ckpt, geometry.blocks[role.block].router)
+            yield _remapped(source, stand_ins(router, kept[role.block]), top_k or geometry.top_k)
         else:
             yield OutTensor(name, source, source.shape, source.nbytes)
 
@@ -247,6 +264,15 @@ def _sliced(source: TensorInfo, role: Sliced, kept: Sequence[int]) -> OutTensor:
     whole = runs == ((0, stride),)
     gather = None if whole or not stride else Gather(slabs, stride, runs)
     return OutTensor(source.name, source, tuple(shape), slabs * len(kept) * part, gather)
+
+
+def _remapped(source: TensorInfo, who: StandIns, top_k: int) -> OutTensor:
+    if len(source.shape) != 2 or source.dtype not in ("I32", "I64", "U32", "U64"):
+        raise CheckpointError(
+            f"{source.shard}: tensor {source.name} is {source.dtype} {list(source.shape)}, expected a table of integers"
+        )
+    shape = (source.shape[0], min(top_k, source.shape[1]))
+    return OutTensor(source.name, source, shape, prod(shape) * DTYPE_BITS[source.dtype] // 8, remap=who)
 
 
 def _runs(kept: Sequence[int], part: int) -> Runs:
