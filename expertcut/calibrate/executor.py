@@ -18,7 +18,7 @@ from torch import nn
 
 from expertcut.calibrate import hf, observer
 from expertcut.calibrate.batches import Batch
-from expertcut.calibrate.reader import TensorReader
+from expertcut.calibrate.quantised import open_reader
 from expertcut.checkpoint.types import Checkpoint
 from expertcut.errors import CheckpointError
 from expertcut.model import Geometry, MoeBlock
@@ -74,13 +74,8 @@ class LayerStream:
         self.checkpoint, self.geometry, self.device, self.dtype, self.resident = (
             checkpoint, geometry, device, dtype, resident,
         )  # fmt: skip
-        if "quantization_config" in checkpoint.config:
-            raise CheckpointError(
-                f"{checkpoint.name}: quantised checkpoints cannot be run by this version",
-                "profile the unquantised sibling; its plan applies to this checkpoint too",
-            )
         observer.register()
-        self.reader = TensorReader(checkpoint)
+        self.reader = open_reader(checkpoint, dtype, device)
         self.config = hf.load_config(checkpoint)
         self.model = hf.build_model(self.config, dtype)
         self.loader = hf.WeightLoader(self.model, self.reader, dtype, device)

@@ -54,15 +54,19 @@ def check_version() -> str | None:
 
 
 def load_config(checkpoint: Checkpoint) -> PreTrainedConfig:
-    """Return transformers' config object of a checkpoint.
+    """Return transformers' config object of a checkpoint, without what it says of quantisation: weights come plain.
 
     Raises:
         CheckpointError: transformers does not know the model type.
     """
     try:
-        return AutoConfig.from_pretrained(checkpoint.path)  # type: ignore[no-any-return]
+        config = AutoConfig.from_pretrained(checkpoint.path)
     except (ValueError, KeyError, OSError) as error:
         raise CheckpointError(f"{checkpoint.name}: transformers cannot read config.json: {_line(error)}") from error
+    for scope in (config, config.get_text_config()):
+        if hasattr(scope, "quantization_config"):
+            del scope.quantization_config
+    return config  # type: ignore[no-any-return]
 
 
 def build_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -107,7 +111,7 @@ class WeightLoader:
         self._dtype_plan: list[tuple[re.Pattern[str], torch.dtype]] = [
             (re.compile(pattern.replace("*", ".*")), to) for pattern, to in plan.items()
         ]
-        self._groups = self._map_names(reader.checkpoint.tensors)
+        self._groups = self._map_names(reader.names)
         self._shared: dict[str, nn.Parameter] = {}
 
     def sources(self, prefix: str) -> list[str]:
@@ -171,9 +175,8 @@ class WeightLoader:
     def _copy(self, target: str, group: _Group, out: torch.Tensor) -> None:
         if group.converter is None:
             (name,) = group.names()
-            view = self.reader.view(name)
-            self._check_shape(target, view.shape)
-            out.copy_(view)
+            self._check_shape(target, self.reader.shape(name))
+            self.reader.copy(name, out)
             return
         start = 0
         for pattern in group.converter.source_patterns:

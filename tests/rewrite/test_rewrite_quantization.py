@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
@@ -22,12 +22,13 @@ from expertcut.rewrite.config import edit_config
 from expertcut.rewrite.quantization import quantization_edits
 
 EXPERTS = 24
+Kept = Mapping[str, tuple[int, ...]]
 PARTS = ("down_proj", "gate_proj", "up_proj")
 BLOCKS = ("model.layers.0.mlp", "model.layers.2.mlp")
 OTHERS = ("lm_head", "model.embed_tokens", "model.layers.0.mlp.gate", "model.layers.1.mlp.up_proj",
           *(f"model.layers.{layer}.self_attn.q_proj" for layer in range(3)))  # fmt: skip
-DIFFERENT = {BLOCKS[0]: (0, 2, 5, 7), BLOCKS[1]: (1, 3, 4, 6)}
-ALIKE = dict.fromkeys(BLOCKS, (0, 2, 5, 7))
+DIFFERENT: Kept = {BLOCKS[0]: (0, 2, 5, 7), BLOCKS[1]: (1, 3, 4, 6)}
+ALIKE: Kept = dict.fromkeys(BLOCKS, (0, 2, 5, 7))
 
 
 @cache
@@ -46,13 +47,13 @@ def geometry(experts: int = 8) -> Geometry:
         return opened(model.write(Path(folder) / "in"))[1]
 
 
-def rewrite(value: Any, kept: dict[str, tuple[int, ...]], experts: int = 8, key: str = "ignore") -> Any:
+def rewrite(value: Any, kept: Kept, experts: int = 8, key: str = "ignore") -> Any:
     config = {"quantization_config": {key: value}}
     return edit_config(config, quantization_edits(config, geometry(experts), kept))["quantization_config"][key]
 
 
-FEW = {BLOCKS[0]: (0, 5), BLOCKS[1]: (5, 6)}
-EXAMPLES: list[tuple[str, dict[str, tuple[int, ...]], list[str], list[str] | None]] = [  # None: as it was
+FEW: Kept = {BLOCKS[0]: (0, 5), BLOCKS[1]: (5, 6)}
+EXAMPLES: list[tuple[str, Kept, list[str], list[str] | None]] = [  # None: as it was
     ("names without experts", DIFFERENT, ["lm_head", "mlp.gate", "model.layers.0.mlp.shared_experts"], None),
     ("all experts", DIFFERENT, ["re:.*experts\\..*", "*.mlp.experts.*", "re:.*mlp.experts.[0-9]+.up_proj"], None),
     ("layers, not experts", DIFFERENT, ["model.layers.0*", "model.layers.2.*", "re:model\\.layers\\.2\\..*"], None),
@@ -82,7 +83,7 @@ EXAMPLES: list[tuple[str, dict[str, tuple[int, ...]], list[str], list[str] | Non
 
 
 @pytest.mark.parametrize("kept, old, new", [e[1:] for e in EXAMPLES], ids=[e[0] for e in EXAMPLES])
-def test_entries_of_lists(kept: dict[str, tuple[int, ...]], old: list[str], new: list[str] | None) -> None:
+def test_entries_of_lists(kept: Kept, old: list[str], new: list[str] | None) -> None:
     assert rewrite(old, kept) == (old if new is None else new)
 
 
@@ -149,7 +150,7 @@ def test_what_cannot_be_said_is_refused_by_name(value: Any, words: list[str]) ->
     assert all(word in caught.value.message for word in words), caught.value.message
 
 
-def renamed(kept: dict[str, tuple[int, ...]]) -> list[tuple[str, str]]:
+def renamed(kept: Kept) -> list[tuple[str, str]]:
     """Names before and after of every module that is left."""
     experts = [
         (f"{block}.experts.{old}.{part}", f"{block}.experts.{new}.{part}")
