@@ -96,7 +96,8 @@ def scaled(parts: Parts, settings: Settings) -> torch.Tensor:
 def packed_integers(parts: Parts, settings: Settings) -> torch.Tensor:
     """compressed-tensors' packed integers.
 
-    Parts: weight (O, words); scale (O, G); shape (2,); optional: zero (words, G), group (I,) the group of each column.
+    Parts: weight (O, words); scale (O, G); shape (2,), on the CPU; optional: zero (words, G); group (I,), that of each
+    column.
     """
     rows, columns = (int(n) for n in parts["shape"])
     bits = packed_bits(parts["weight"].shape[-1], columns)
@@ -106,12 +107,12 @@ def packed_integers(parts: Parts, settings: Settings) -> torch.Tensor:
     zero = parts.get("zero")
     if zero is not None and zero.dtype == torch.int32:
         zero = integers(zero.T, bits).T[:rows] - middle
-    group = parts.get("group")
-    if group is None or int(group[0]) < 0:
-        group = torch.arange(columns, device=scale.device) // -(-columns // scale.shape[1])
+    in_order = torch.arange(columns, device=scale.device) // -(-columns // scale.shape[1])
+    stored = parts.get("group", in_order)
+    group = torch.where(stored < 0, in_order, stored)  # all −1: never filled in
     if zero is not None:
-        values -= zero.float().reshape(rows, -1)[:, group.long()]
-    return values.mul_(scale[:, group.long()])
+        values -= zero.float().reshape(rows, -1)[:, group]
+    return values.mul_(scale[:, group])
 
 
 def packed_bits(words: int, columns: int) -> int:

@@ -155,7 +155,8 @@ class DequantisingReader(TensorReader):
 
     def _parts(self, name: str) -> dict[str, torch.Tensor]:
         parts = self._groups[name].parts
-        return {part: super(DequantisingReader, self).view(n).to(self._device) for part, n in parts.items()}
+        stored = {part: super(DequantisingReader, self).view(n) for part, n in parts.items()}
+        return {part: t if part == "shape" else t.to(self._device) for part, t in stored.items()}
 
     def _values(self, name: str, parts: dq.Parts) -> torch.Tensor:
         try:
@@ -189,9 +190,15 @@ def find_quantised(checkpoint: Checkpoint) -> Iterator[tuple[str, Quantised]]:
 
 def _values(form: _Format, infos: Mapping[str, TensorInfo]) -> Callable[[dq.Parts, dq.Settings], torch.Tensor]:
     """The format's formula; AWQ names its tensors as GPTQ does, but packs along the outputs."""
-    if form.values is dq.gptq and infos["weight"].shape[1] * 8 == infos["scale"].shape[1]:
+    weight, scale = infos["weight"], infos["scale"]
+    if form.values is not dq.gptq or weight.shape[1] == scale.shape[1]:
+        return form.values
+    if weight.shape[1] * 8 == scale.shape[1]:
         return dq.awq
-    return form.values
+    raise CheckpointError(
+        f"{weight.shard}: {weight.name}: shape {list(weight.shape)} with scales {list(scale.shape)} is neither GPTQ's "
+        "layout nor AWQ's of 4 bits"
+    )
 
 
 def _shape(values: Callable[..., torch.Tensor], infos: Mapping[str, TensorInfo]) -> tuple[int, ...] | None:

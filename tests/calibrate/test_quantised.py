@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -144,6 +145,36 @@ def test_what_does_not_fit_is_named(tmp_path: Path, tmp_path_factory: pytest.Tem
     write_shards(tmp_path, tensors | {f"{weight}_scale_inv": torch.ones(5, 2)})
     with pytest.raises(CheckpointError, match=r"experts\.3\.up_proj\.weight: scales \[5, 2\] do not fit .*\[24, 32\]"):
         reader(tmp_path).view(weight)
+
+
+def test_packed_words_of_another_width_are_named(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder, _ = quantised_pair("AWQ", tmp_path_factory)
+    tensors = read_tensors(folder)
+    weight = "model.layers.1.mlp.experts.3.up_proj.qweight"
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    write_shards(tmp_path, tensors | {weight: tensors[weight].repeat(1, 2)})  # as 8 bits would be
+    with pytest.raises(CheckpointError, match=r"experts\.3\.up_proj\.qweight: shape \[32, 16\] with .*neither GPTQ"):
+        reader(tmp_path)
+
+
+@every_format
+def test_everything_happens_on_the_device(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """No formula mixes devices or looks at a value; torch's device without values would not bear it."""
+    folder, twin = quantised_pair(name, tmp_path_factory)
+    found = open_reader(open_checkpoint(folder), torch.bfloat16, torch.device("meta"))
+    stored = open_checkpoint(folder).tensors
+    for tensor, values in read_tensors(twin).items():
+        if tensor not in stored or stored[tensor].dtype in ("F8_E4M3", "U8", "I8"):
+            view = found.view(tensor)
+            assert (view.device.type, view.dtype, view.shape) == ("meta", torch.bfloat16, values.shape)
+    found.close()
+
+
+def test_every_method_is_documented(repo: Path) -> None:
+    rows = re.findall(r"^\| (`.*?) \|", (repo / "docs" / "quantised.md").read_text(), re.MULTILINE)
+    assert sorted(name for row in rows for name in re.findall(r"`([^`]+)`", row)) == sorted(
+        ("quant_method", *quantised.METHODS)
+    )
 
 
 def test_plain_checkpoints_are_read_as_ever(tmp_path: Path) -> None:
