@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from quantised_models import every_format, quantised_pair
-from reference import profile
+from reference import load, logits, profile
 from tiny_models import read_tensors, tokens, write_shards, write_tiny
 
 from expertcut.calibrate import quantised
@@ -60,6 +60,14 @@ def test_sums_are_the_twin_s(name: str, dtype: str, tmp_path: Path, tmp_path_fac
             np.testing.assert_array_equal(getattr(found.layer(prefix), key), value, err_msg=f"{prefix} {key}")
         assert expected.layer(prefix).norm_sum.sum() > 0
     assert found.meta.fingerprint == expected.meta.fingerprint
+
+
+def test_transformers_dequantises_to_the_same_model(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The format whose dequantiser needs no further package: what transformers itself makes of the checkpoint."""
+    folder, twin = quantised_pair("MXFP4, stacked", tmp_path_factory)
+    ids = torch.from_numpy(tokens((20,)).sequences[0].ids)[None]
+    found = load(folder, torch.bfloat16, quantization_config={"quant_method": "mxfp4", "dequantize": True})
+    assert torch.equal(logits(found, ids), logits(load(twin, torch.bfloat16), ids))
 
 
 @pytest.mark.parametrize("name", ["MXFP4, stacked", "FP8 blocks, stacked"])

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -13,14 +14,17 @@ from hypothesis import strategies as st
 from law_models import Model
 from quantised_models import FORMATS, every_format, quantised_pair
 from safetensors.torch import save_file
-from tiny_models import Tensors, read_tensors, silent, tokens, write_shards, write_tiny
+from tiny_models import NAMES, Tensors, read_tensors, silent, tiny_model, tokens, write_shards, write_tiny
 
 from expertcut.checkpoint import open_checkpoint
 from expertcut.choose import Plan
+from expertcut.choose.plan import kept_by_block
 from expertcut.errors import ConfigConflictError, PlanError, UnknownTensorError
 from expertcut.measure.numeric import verify_numeric
 from expertcut.model import check_fingerprint, read_geometry
-from expertcut.rewrite import prune, require, verify_bytes, verify_structure
+from expertcut.rewrite import plan_layout, prune, require, verify_bytes, verify_structure
+from expertcut.rewrite.config import edit_config
+from expertcut.rewrite.quantization import quantization_edits
 
 DATA = tokens((30, 30), seed=11)
 
@@ -71,6 +75,24 @@ def test_law_2_kept_experts_keep_their_bytes(folder: Path, tmp_path: Path) -> No
     check(model, model.random_plan(1), tmp_path / "out", 20_000)
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config["quantization_config"] == model.checkpoint.config["quantization_config"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_entries_for_every_expert_become_those_of_every_expert_left(
+    name: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """In every family: whole names as they are on disk, in prediction layers too."""
+    model = Model(tiny_model(name, tmp_path_factory))
+    plan = model.random_plan(2)
+
+    def modules(names: Iterable[str]) -> list[str]:
+        return sorted({name.rpartition(".")[0] for name in names if re.search(r"\.experts\.\d+\.", name)})
+
+    config = {"quantization_config": {"ignore": modules(model.geometry.roles)}}
+    edits = quantization_edits(config, model.geometry, kept_by_block(plan, model.geometry))
+    shards = plan_layout(model.checkpoint, model.geometry, plan).shards
+    left = [tensor.name for shard in shards for tensor in shard.tensors]
+    assert sorted(edit_config(config, edits)["quantization_config"]["ignore"]) == modules(left)
 
 
 @settings(max_examples=40)
