@@ -1,14 +1,15 @@
 """The streaming executor: one decoder layer in memory at a time, every micro-batch through it.
 
-The model is built on the meta device and its layers are replaced by recorders. One cheap pass (embeddings, masks, rotary
-embeddings) captures what each layer is called with; then each layer is filled from the shards, run, and released. Memory:
-about one layer plus the hidden states. Each weight is read once.
+The model is built on the meta device and its layers are replaced by recorders. One cheap pass (embeddings, masks,
+rotary embeddings) captures what each layer is called with; then each layer is filled from the shards, run, and
+released. Memory: about one layer plus the hidden states. Each weight is read once.
 """
 
 from __future__ import annotations
 
 import copy
 import gc
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,11 @@ from expertcut.calibrate.batches import Batch
 from expertcut.calibrate.quantised import open_reader
 from expertcut.checkpoint.types import Checkpoint
 from expertcut.errors import CheckpointError
-from expertcut.model import Geometry, MoeBlock
+from expertcut.model import Family, Geometry, MoeBlock
+from expertcut.model.geometry import in_tower
+
+CARRIED = ("prev_topk_indices", "prev_router_hidden_states")
+"""Arguments in which decoder layers take over, besides the hidden states, what the layer before found."""
 
 
 @dataclass
@@ -79,8 +84,10 @@ class LayerStream:
         self.config = hf.load_config(checkpoint)
         self.model = hf.build_model(self.config, dtype)
         self.loader = hf.WeightLoader(self.model, self.reader, dtype, device)
+        self._language: Any = getattr(self.model, "thinker", self.model)
         self.prefix, layers = find_layers(self.model)
         self._layers = list(layers)
+        self._refuse_carried_state()
         self._recorders = [_Recorder(layer) for layer in self._layers]
         for i, recorder in enumerate(self._recorders):
             layers[i] = recorder
@@ -108,7 +115,8 @@ class LayerStream:
         first = self._recorders[0].entered
         if first is None or any(r.call is None or r.entered is not first for r in self._recorders):
             raise CheckpointError(
-                f"{type(self.model).__name__}: its decoder layers are not a plain sequence, so that they cannot be streamed"
+                f"{type(self.model).__name__}: its decoder layers are not a plain sequence, "
+                "so that they cannot be streamed"
             )
         calls = [r.call for r in self._recorders if r.call is not None]
         if like is not None:
@@ -161,9 +169,21 @@ class LayerStream:
             yield slice(start, stop), self._forward(batch, logits_to_keep=keep).logits
         self._recorders[-1].output = None
 
+    def _refuse_carried_state(self) -> None:
+        for name in inspect.signature(type(self._layers[0]).forward).parameters:
+            if name in CARRIED:
+                raise CheckpointError(
+                    f"{type(self.model).__name__}: its layers hand {name.removeprefix('prev_')} on to the next, "
+                    "so that they cannot be run one at a time",
+                    "choose experts without a profile, such as --strategy router-norm",
+                )
+
     def _forward(self, batch: Batch, logits_to_keep: int | torch.Tensor) -> Any:
         mask = batch.mask
-        return self.model(
+        embeddings = self._language.get_input_embeddings()  # some models look where they are before they call them
+        name = next(name for name, module in self.model.named_modules() if module is embeddings)
+        self.loader.fill(embeddings, name, recurse=False)
+        return self._language(
             input_ids=batch.ids.to(self.device),
             attention_mask=None if mask is None else mask.to(self.device),
             use_cache=False,
@@ -193,7 +213,9 @@ def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     found = [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and any(find_experts(layer) is not None for layer in module)
+        if isinstance(module, nn.ModuleList)
+        and not in_tower(name)
+        and any(find_experts(layer) is not None for layer in module)
     ]
     if len(found) != 1:
         raise CheckpointError(
@@ -209,16 +231,36 @@ def find_experts(layer: nn.Module) -> str | None:
     )
 
 
-def find_router(layer: nn.Module, router: str) -> nn.Module:
-    """Return the router module beside a layer's experts."""
-    experts = find_experts(layer)
-    assert experts is not None
-    return layer.get_submodule(experts.rpartition(".")[0]).get_submodule(router.rpartition(".")[2])
+def find_router(layer: nn.Module, family: Family) -> nn.Module:
+    """Return the router module of a layer: the one whose output holds the logits."""
+    return _moe_block(layer, family).get_submodule(family.live[0] if family.live else family.router)
+
+
+def find_matrix(layer: nn.Module, family: Family, rows: int) -> tuple[nn.Module, str]:
+    """Return the module that holds the router's matrix, (rows, H), and the matrix's name there."""
+    router = find_router(layer, family)
+    found = [name for name, p in router.named_parameters() if p.dim() == 2 and len(p) == rows]
+    path, _, leaf = found[-1].rpartition(".")
+    return router.get_submodule(path), leaf
+
+
+def find_bias(layer: nn.Module, family: Family) -> tuple[nn.Module, str] | None:
+    """Return the module that holds a layer's correction bias, and the bias's name there; None if it has none."""
+    path = family.live[1] if family.live else family.correction_bias
+    if path is None:
+        return None
+    name, _, leaf = path.rpartition(".")
+    owner = _moe_block(layer, family).get_submodule(name)
+    return (owner, leaf) if hasattr(owner, leaf) else None
+
+
+def _moe_block(layer: nn.Module, family: Family) -> nn.Module:
+    return layer.get_submodule(family.block if family.live_block is None else family.live_block)
 
 
 def _with_observed_experts(layer: nn.Module) -> nn.Module:
     experts = find_experts(layer)
-    if experts is not None:
+    if experts is not None and hasattr(layer.get_submodule(experts), "config"):
         module: Any = layer.get_submodule(experts)
         module.config = copy.copy(module.config)
         module.config._experts_implementation = observer.NAME

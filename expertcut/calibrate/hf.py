@@ -28,6 +28,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
+from expertcut.calibrate.adapters import adapt
 from expertcut.calibrate.reader import TensorReader
 from expertcut.checkpoint.types import Checkpoint
 from expertcut.errors import CheckpointError, RuntimeLintError
@@ -69,6 +70,11 @@ def load_config(checkpoint: Checkpoint) -> PreTrainedConfig:
     return config  # type: ignore[no-any-return]
 
 
+def config_like(config: PreTrainedConfig, raw: dict[str, Any]) -> PreTrainedConfig:
+    """Return a config object of the same class from a raw config."""
+    return type(config).from_dict(type(config)._decode_special_floats(raw))
+
+
 def build_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """Build the model named by `architectures` on the meta device, in `dtype`, attention by scaled dot product.
 
@@ -85,6 +91,7 @@ def build_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel
                 model = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
     except (ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"transformers cannot build {name or config.model_type}: {_line(error)}") from error
+    adapt(model)
     return model.eval()  # type: ignore[no-any-return]
 
 
@@ -194,7 +201,8 @@ class WeightLoader:
     def _check_shape(self, target: str, found: Iterable[int]) -> None:
         if tuple(found) != tuple(self._meta[target].shape):
             raise CheckpointError(
-                f"{self.reader.checkpoint.name}: {target}: shape {list(found)}, expected {list(self._meta[target].shape)}"
+                f"{self.reader.checkpoint.name}: {target}: shape {list(found)}, "
+                f"expected {list(self._meta[target].shape)}"
             )
 
     def _target_dtype(self, target: str) -> torch.dtype:
@@ -218,7 +226,7 @@ class WeightLoader:
         parameter._is_hf_initialized = True  # type: ignore[attr-defined]
 
     def _fill_buffers(self, module: nn.Module, recurse: bool) -> None:
-        """Compute buffers that checkpoints do not store, such as rotary frequencies, as transformers does on loading."""
+        """Compute buffers that checkpoints do not store, such as rotary frequencies, as transformers does."""
         for owner in module.modules() if recurse else [module]:
             empty = {n: b for n, b in owner._buffers.items() if b is not None and b.is_meta}
             if empty:

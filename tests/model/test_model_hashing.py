@@ -32,7 +32,8 @@ def test_remap_by_the_rule_in_loops(case: tuple[np.ndarray, np.ndarray, list[int
         expected = []
         for e in old:
             if e not in kept:
-                e = max((c for c in kept if c not in taken), key=lambda c, e=e: float(unit[c] @ unit[e]))
+                likeness = unit @ unit[e]
+                e = max((c for c in kept if c not in taken), key=likeness.__getitem__)
                 taken.add(e)
             expected.append(kept.index(e))
         assert new == expected
