@@ -128,8 +128,10 @@ class _Rewriter:
         if before not in self._meant:
             exact = [b for b in self._all if b.prefix == before]
             self._meant[before] = exact or [
-                b for b in self._all if b.prefix.endswith("." + before) or before.endswith("." + b.tail)
-            ]
+                b for b in self._all
+                if before not in self._foreign
+                and (b.prefix.endswith("." + before) or before.endswith("." + b.tail))
+            ]  # fmt: skip
         return self._meant[before]
 
     def _paths(
@@ -137,6 +139,9 @@ class _Rewriter:
     ) -> Iterator[tuple[int, Entry]]:
         """Renumber the entries that are alike but for the expert; in every block that they mean."""
         blocks = self._blocks(before)
+        if blocks[0].prefix != before and any(name.endswith("." + before) for name in self._foreign):
+            text = f"{before}{found[0][1]}{after}"
+            raise self._error(key, text, "means experts that are not pruned too")
         renumbered = []
         for block in blocks:
             new = {old: number for number, old in enumerate(block.ids)}
@@ -210,18 +215,21 @@ class _Rewriter:
             for new, part, _, after in block.renamed():
                 if bool(matches(after)) != (part in old.get(block, {}).get(new, ())):
                     return []
-        return [text]
+        before = self._compiled(sign + body, key)[2]
+        return [text] if all(bool(before(name)) == bool(matches(name)) for name in self._others) else []
 
     def _spelled_out(self, text: str, key: str, old: dict[_Block, dict[int, list[str]]]) -> list[str]:
         sign, body, matches = self._compiled(text, key)
-        others = any(matches(name) for name in self._others)
+        others = [name for name in self._others if matches(name)]
         if not matches.regex:
             if others:
                 raise self._error(key, text, "names other modules too, beside single experts")
             return [name for block, numbers in old.items() for name in _globs(block, numbers)]
         choices = [_alternative(block, numbers) for block, numbers in old.items()]
-        if others:
-            choices.append(rf"(?!.*\b{self.word}\.\d)(?:{body})")
+        numbered = rf".*\b{self.word}\.\d"
+        choices += [re.escape(name) + "$" for name in others if re.match(numbered, name)]
+        if not all(re.match(numbered, name) for name in others):
+            choices.append(rf"(?!{numbered})(?:{body})")
         return [sign + "|".join(choices)] if choices else []
 
     def _compiled(self, text: str, key: str) -> tuple[str, str, _Matches]:
@@ -266,6 +274,11 @@ class _Rewriter:
             _Block(block.expert_prefix, (*self.kept[prefix], *sorted(tails[prefix])), tuple(parts[prefix]) or fused)
             for prefix, block in self.geometry.blocks.items()
         ]
+
+    @cached_property
+    def _foreign(self) -> set[str]:
+        """What stands before the numbers of experts that are not pruned, such as those of a second model."""
+        return {found["before"] for name in self._others if (found := self._numbered.fullmatch(name))}
 
     @cached_property
     def _others(self) -> list[str]:

@@ -1,5 +1,6 @@
 """What a quantization config says of an expert it goes on saying under the expert's new number, and nothing else."""
 
+import dataclasses
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -143,11 +144,27 @@ def test_what_cannot_be_said_is_refused_by_name(value: Any, words: list[str]) ->
     kept = {BLOCKS[0]: (0, 1, 2, 5), BLOCKS[1]: (0, 1, 3, 5)}
     extra = {**geometry().roles, "model.layers.5.other.weight": geometry().roles["lm_head.weight"]}
     config = {"quantization_config": {"targets": value}}
-    changed = Geometry(**{f: getattr(geometry(), f) for f in geometry().__dataclass_fields__} | {"roles": extra})
+    changed = dataclasses.replace(geometry(), roles=extra)
     with pytest.raises(ConfigConflictError) as caught:
         quantization_edits(config, changed, kept)
     assert caught.value.message.startswith("config.json: targets: ")
     assert all(word in caught.value.message for word in words), caught.value.message
+
+
+def test_experts_that_are_not_pruned_keep_their_entries() -> None:
+    """Such as those of a second model in the same checkpoint."""
+    talker = [f"talker.{block}.experts.{expert}.{part}" for block in BLOCKS for expert in range(4) for part in PARTS]
+    roles = {**geometry().roles, **{f"{name}.weight": geometry().roles["lm_head.weight"] for name in talker}}
+    both = dataclasses.replace(geometry(), roles=roles)
+    entries = [*talker, f"{BLOCKS[0]}.experts.5.up_proj", "re:.*experts\\.2\\.up_proj", "talker.*.experts.2.*"]
+    config = {"quantization_config": {"ignore": entries}}
+    found = edit_config(config, quantization_edits(config, both, DIFFERENT))["quantization_config"]["ignore"]
+    assert found[:-2] == [*talker, f"{BLOCKS[0]}.experts.2.up_proj"] and found[-1] == entries[-1]
+    for old, new in [*renamed(DIFFERENT), *((name, name) for name in talker)]:
+        assert named(found[-2:], new) == named(entries[-2:], old)
+    config = {"quantization_config": {"ignore": ["mlp.experts.2.up_proj"]}}
+    with pytest.raises(ConfigConflictError, match=r"'mlp\.experts\.2\.up_proj' means experts that are not pruned"):
+        quantization_edits(config, both, DIFFERENT)
 
 
 def renamed(kept: Kept) -> list[tuple[str, str]]:
