@@ -260,10 +260,7 @@ def build(model_type: str, seed: int = 0) -> Any:
 
 MODEL_TYPES = model_types()
 SUPPORTED = tuple(name for name in MODEL_TYPES if name not in REFUSED)
-NOT_STREAMED = {
-    "diffusion_gemma": "found 2 stacks", "glm5_next": "hand topk_indices on", "glm_moe_dsa": "hand topk_indices on",
-    "hy_v4": "hand topk_indices on", "mistral_large4": "hand topk_indices on", "zaya": "hand router_hidden_states on",
-}  # fmt: skip
+NOT_STREAMED = {"diffusion_gemma": "found 2 stacks"}
 """Types that cannot be run layer by layer, and what the refusal says."""
 STREAMED = tuple(name for name in SUPPORTED if name not in NOT_STREAMED)
 

@@ -51,16 +51,17 @@ class Prepared:
 class _Recorder(nn.Module):
     """Stands in for a decoder layer: notes the call, passes the hidden states on (or hands out given ones)."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, carries: bool) -> None:
         super().__init__()
-        self.__dict__["_layer"] = layer
+        self.__dict__["_layer"], self.carries = layer, carries
         self.call: Call | None = None
         self.entered: torch.Tensor | None = None
         self.output: torch.Tensor | None = None
 
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         self.entered, self.call = hidden_states, Call(args, kwargs)
-        return hidden_states if self.output is None else self.output
+        out = hidden_states if self.output is None else self.output
+        return (out, None) if self.carries else out
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -87,8 +88,8 @@ class LayerStream:
         self._language: Any = getattr(self.model, "thinker", self.model)
         self.prefix, layers = find_layers(self.model)
         self._layers = list(layers)
-        self._refuse_carried_state()
-        self._recorders = [_Recorder(layer) for layer in self._layers]
+        self._carried = _carried(self._layers[0])
+        self._recorders = [_Recorder(layer, self._carried is not None) for layer in self._layers]
         for i, recorder in enumerate(self._recorders):
             layers[i] = recorder
         self._loaded: dict[int, nn.Module] = {}
@@ -152,11 +153,20 @@ class LayerStream:
         gc.collect()
 
     @torch.inference_mode()
-    def call(self, layer: nn.Module, hidden: torch.Tensor, call: Call) -> torch.Tensor:
-        """Run one layer: (B, S, H) → (B, S, H)."""
-        out = layer(hidden, *call.args, **call.kwargs)
-        result: torch.Tensor = out[0] if isinstance(out, tuple) else out
-        return result
+    def call(
+        self, layer: nn.Module, hidden: torch.Tensor, call: Call, carried: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+        """Run one layer: (B, S, H) → (B, S, H), and what the layer hands on to the next besides, if it does."""
+        args, kwargs = call.args, call.kwargs
+        if self._carried is not None:
+            name, place = self._carried
+            if name in kwargs:
+                kwargs = kwargs | {name: carried}
+            else:
+                args = (*args[:place], carried, *args[place + 1 :])
+        out = layer(hidden, *args, **kwargs)
+        result, *more = out if isinstance(out, tuple) else (out,)
+        return result, more[0] if self._carried is not None else None
 
     @torch.inference_mode()
     def logits(self, batch: Batch, hidden: torch.Tensor, chunk: int = 256) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -168,15 +178,6 @@ class LayerStream:
             keep = torch.arange(start, stop, device=self.device)
             yield slice(start, stop), self._forward(batch, logits_to_keep=keep).logits
         self._recorders[-1].output = None
-
-    def _refuse_carried_state(self) -> None:
-        for name in inspect.signature(type(self._layers[0]).forward).parameters:
-            if name in CARRIED:
-                raise CheckpointError(
-                    f"{type(self.model).__name__}: its layers hand {name.removeprefix('prev_')} on to the next, "
-                    "so that they cannot be run one at a time",
-                    "choose experts without a profile, such as --strategy router-norm",
-                )
 
     def _forward(self, batch: Batch, logits_to_keep: int | torch.Tensor) -> Any:
         mask = batch.mask
@@ -222,6 +223,12 @@ def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
             f"{type(model).__name__}: found {len(found)} stacks of decoder layers with routed experts, expected 1"
         )
     return found[0]
+
+
+def _carried(layer: nn.Module) -> tuple[str, int] | None:
+    """Name and place, behind the hidden states, of the argument in which a layer takes over from the one before."""
+    parameters = list(inspect.signature(type(layer).forward).parameters)
+    return next(((name, i - 2) for i, name in enumerate(parameters) if name in CARRIED), None)
 
 
 def find_experts(layer: nn.Module) -> str | None:

@@ -201,6 +201,7 @@ class _State:
         try:
             hidden = load_file(self.directory / f"hidden-{self.done}.safetensors")
             passage.hidden[0] = [hidden[str(i)] for i in range(len(self.rows))]
+            passage.carried[0] = [hidden.get(f"carried-{i}") for i in range(len(self.rows))]
             for done in range(1, self.done + 1):
                 sums = load_file(self.directory / f"sums-{done}.safetensors")
                 self.arrays |= {name: value.numpy() for name, value in sums.items()}
@@ -221,6 +222,7 @@ class _State:
         self.directory.mkdir(parents=True, exist_ok=True)
         settle(self.device)
         hidden = {str(i): h.contiguous() for i, h in enumerate(passage.hidden[0])}
+        hidden |= {f"carried-{i}": c.contiguous() for i, c in enumerate(passage.carried[0]) if c is not None}
         save_file(hidden, self.directory / f"hidden-{done}.safetensors")
         new = {name: torch.from_numpy(value) for name, value in self.arrays.items() if name not in self._saved}
         self._saved |= new.keys()

@@ -27,7 +27,8 @@ Array = np.ndarray[Any, np.dtype[np.float64]]
 DATA = tokens((9, 14, 11), seed=8)
 SIGMOID = {
     "afmoe", "axk1", "axk2", "bailing_hybrid", "beam", "deepseek_v3", "deepseek_v32", "dots1", "dots3_note",
-    "dots3_note_text", "exaone_moe", "flint", "glm4_moe", "glm4_moe_lite", "glm4v_moe", "hy_v3", "inkling2",
+    "dots3_note_text", "exaone_moe", "flint", "glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm5_next", "glm_moe_dsa",
+    "hy_v3", "hy_v4", "inkling2",
     "inkling2_text", "inkling_mm_model", "inkling_text", "kimi_k25", "kimi_linear", "laguna", "lfm2_moe",
     "mimo_v2_flash", "minimax_m2", "minimax_m3_vl", "minimax_m3_vl_text", "muse_spark", "nemo_speechlm", "nemotron_h",
     "nemotron_h_omni", "solar_open", "step3p7",
@@ -39,7 +40,7 @@ BY_LOGIT = {
 """The softmax is taken over the chosen logits."""
 NOT_SCALED = {
     "deepseek_ocr2", "deepseek_v2", "dots1", "flex_olmo", "jamba", "kolibri1", "longcat_flash", "olmoe", "qwen2_moe",
-    "qwen3_moe", "unlimited_ocr", "llama4", "llama4_text",
+    "qwen3_moe", "unlimited_ocr", "llama4", "llama4_text", "zaya",
 }  # fmt: skip
 """Gate weights are not scaled to sum to one, in the tiny configs."""
 OUTSIDE = {"beam", "laguna", "minimax_m3_vl", "minimax_m3_vl_text", "step3p7"}
@@ -64,11 +65,11 @@ class Rule:
         raw = open_checkpoint(folder).config
         text = raw.get("thinker_config", raw).get("text_config", raw)
         self.name, self.config = name, text
-        self.top_k = 1 if "llama4" in name else 2
+        self.top_k = 1 if name in ("llama4", "llama4_text", "zaya") else 2
         factor = next((text[key] for key in FACTORS if text.get(key) is not None), 1.0)
         self.factor = 1.0 if name in OUTSIDE else float(factor)
         self.groups = max(text.get("n_group") or 1, text.get("num_expert_group") or 1)
-        biases = ("e_score_correction_bias", "expert_bias", "gate.bias", "router_bias")
+        biases = ("e_score_correction_bias", "expert_bias", "gate.bias", "router_bias", "balancing_biases")
         self.biases = {k: t.double().numpy().reshape(-1) for k, t in read_tensors(folder).items() if k.endswith(biases)}
 
     def bias(self, layer: int, size: int) -> Array:
@@ -234,3 +235,23 @@ def test_what_cannot_be_profiled_says_why(tmp_path_factory: pytest.TempPathFacto
         with pytest.raises(CheckpointError, match=words):
             profile(tiny_type(name, tmp_path_factory), DATA, tmp_path / name)
     assert {*NOT_STREAMED, *STREAMED} == set(SUPPORTED)
+
+
+@pytest.mark.parametrize("name", ["glm_moe_dsa", "zaya"])
+def test_resumed_where_layers_hand_more_than_hidden_states_on(
+    name: str, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    folder = tiny_type(name, tmp_path_factory)
+
+    def stop(done: int, of: int) -> None:
+        if done == of - 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        profile(folder, DATA, tmp_path / "resumed", advance=stop)
+    notices: list[str] = []
+    resumed = profile(folder, DATA, tmp_path / "resumed", notify=notices.append)
+    assert any("resuming at layer" in notice for notice in notices)
+    whole = profile(folder, DATA, tmp_path / "whole")
+    for key, values in whole.arrays.items():
+        np.testing.assert_array_equal(resumed.arrays[key], values, err_msg=key)
