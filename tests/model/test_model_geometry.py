@@ -65,6 +65,11 @@ def test_config_conflicts(config: dict[str, Any], words: tuple[str, ...]) -> Non
     assert "\n" not in caught.value.message
 
 
+@pytest.mark.parametrize("n_group", [None, 0, 1, ...])
+def test_no_groups_said_in_several_ways(n_group: object) -> None:
+    assert read_geometry(checkpoint(n_group=n_group, topk_group=None)).n_group == 1
+
+
 @pytest.mark.parametrize(
     ("without", "name"),
     [
