@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import expertcut
-from expertcut.model import FAMILIES
+from expertcut.model import BY_TYPE, FAMILIES, REFUSED
 
 ROOT = Path(expertcut.__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("expertcut/_demo_model/*.md")])
@@ -54,9 +54,12 @@ def test_the_changelog_starts_with_this_version(repo: Path) -> None:
     assert newest[1] == expertcut.__version__
 
 
-def test_the_readme_lists_every_family(repo: Path) -> None:
-    table = re.findall(r"^\| `(\w+)` \|", (repo / "README.md").read_text(), re.MULTILINE)
-    assert sorted(table) == sorted(family.model_type for family in FAMILIES)
+def test_every_family_and_every_refused_type_is_listed(repo: Path) -> None:
+    rows = re.findall(r"^\| `(\w+)` \| (.*?) \|", (repo / "docs" / "families.md").read_text(), re.MULTILINE)
+    expected = {f.model_type: ", ".join(f"`{name}`" for name in f.aliases) or "–" for f in FAMILIES} | dict(REFUSED)
+    assert dict(rows) == expected
+    famous = re.findall(r"^\| `(\w+)` \|", (repo / "README.md").read_text(), re.MULTILINE)
+    assert set(famous) <= BY_TYPE.keys()
 
 
 def test_the_built_in_model_has_a_card_that_fits_it(demo_model: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,10 +19,14 @@ from torch import nn
 
 from expertcut.calibrate import hf, observer
 from expertcut.calibrate.batches import Batch
-from expertcut.calibrate.reader import TensorReader
+from expertcut.calibrate.quantised import open_reader
 from expertcut.checkpoint.types import Checkpoint
 from expertcut.errors import CheckpointError
-from expertcut.model import Geometry, MoeBlock
+from expertcut.model import Family, Geometry, MoeBlock
+from expertcut.model.geometry import in_tower
+
+CARRIED = ("prev_topk_indices", "prev_router_hidden_states")
+"""Arguments in which decoder layers take over, besides the hidden states, what the layer before found."""
 
 
 @dataclass
@@ -46,16 +51,17 @@ class Prepared:
 class _Recorder(nn.Module):
     """Stands in for a decoder layer: notes the call, passes the hidden states on (or hands out given ones)."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, carries: bool) -> None:
         super().__init__()
-        self.__dict__["_layer"] = layer
+        self.__dict__["_layer"], self.carries = layer, carries
         self.call: Call | None = None
         self.entered: torch.Tensor | None = None
         self.output: torch.Tensor | None = None
 
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         self.entered, self.call = hidden_states, Call(args, kwargs)
-        return hidden_states if self.output is None else self.output
+        out = hidden_states if self.output is None else self.output
+        return (out, None) if self.carries else out
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -74,19 +80,16 @@ class LayerStream:
         self.checkpoint, self.geometry, self.device, self.dtype, self.resident = (
             checkpoint, geometry, device, dtype, resident,
         )  # fmt: skip
-        if "quantization_config" in checkpoint.config:
-            raise CheckpointError(
-                f"{checkpoint.name}: quantised checkpoints cannot be run by this version",
-                "profile the unquantised sibling; its plan applies to this checkpoint too",
-            )
         observer.register()
-        self.reader = TensorReader(checkpoint)
+        self.reader = open_reader(checkpoint, dtype, device)
         self.config = hf.load_config(checkpoint)
         self.model = hf.build_model(self.config, dtype)
         self.loader = hf.WeightLoader(self.model, self.reader, dtype, device)
+        self._language: Any = getattr(self.model, "thinker", self.model)
         self.prefix, layers = find_layers(self.model)
         self._layers = list(layers)
-        self._recorders = [_Recorder(layer) for layer in self._layers]
+        self._carried = _carried(self._layers[0])
+        self._recorders = [_Recorder(layer, self._carried is not None) for layer in self._layers]
         for i, recorder in enumerate(self._recorders):
             layers[i] = recorder
         self._loaded: dict[int, nn.Module] = {}
@@ -113,7 +116,8 @@ class LayerStream:
         first = self._recorders[0].entered
         if first is None or any(r.call is None or r.entered is not first for r in self._recorders):
             raise CheckpointError(
-                f"{type(self.model).__name__}: its decoder layers are not a plain sequence and cannot be streamed"
+                f"{type(self.model).__name__}: its decoder layers are not a plain sequence, "
+                "so that they cannot be streamed"
             )
         calls = [r.call for r in self._recorders if r.call is not None]
         if like is not None:
@@ -149,11 +153,20 @@ class LayerStream:
         gc.collect()
 
     @torch.inference_mode()
-    def call(self, layer: nn.Module, hidden: torch.Tensor, call: Call) -> torch.Tensor:
-        """Run one layer: (B, S, H) → (B, S, H)."""
-        out = layer(hidden, *call.args, **call.kwargs)
-        result: torch.Tensor = out[0] if isinstance(out, tuple) else out
-        return result
+    def call(
+        self, layer: nn.Module, hidden: torch.Tensor, call: Call, carried: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+        """Run one layer: (B, S, H) → (B, S, H), and what the layer hands on to the next besides, if it does."""
+        args, kwargs = call.args, call.kwargs
+        if self._carried is not None:
+            name, place = self._carried
+            if name in kwargs:
+                kwargs = kwargs | {name: carried}
+            else:
+                args = (*args[:place], carried, *args[place + 1 :])
+        out = layer(hidden, *args, **kwargs)
+        result, *more = out if isinstance(out, tuple) else (out,)
+        return result, more[0] if self._carried is not None else None
 
     @torch.inference_mode()
     def logits(self, batch: Batch, hidden: torch.Tensor, chunk: int = 256) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -168,7 +181,10 @@ class LayerStream:
 
     def _forward(self, batch: Batch, logits_to_keep: int | torch.Tensor) -> Any:
         mask = batch.mask
-        return self.model(
+        embeddings = self._language.get_input_embeddings()  # some models look where they are before they call them
+        name = next(name for name, module in self.model.named_modules() if module is embeddings)
+        self.loader.fill(embeddings, name, recurse=False)
+        return self._language(
             input_ids=batch.ids.to(self.device),
             attention_mask=None if mask is None else mask.to(self.device),
             use_cache=False,
@@ -198,13 +214,21 @@ def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     found = [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and any(find_experts(layer) is not None for layer in module)
+        if isinstance(module, nn.ModuleList)
+        and not in_tower(name)
+        and any(find_experts(layer) is not None for layer in module)
     ]
     if len(found) != 1:
         raise CheckpointError(
             f"{type(model).__name__}: found {len(found)} stacks of decoder layers with routed experts, expected 1"
         )
     return found[0]
+
+
+def _carried(layer: nn.Module) -> tuple[str, int] | None:
+    """Name and place, behind the hidden states, of the argument in which a layer takes over from the one before."""
+    parameters = list(inspect.signature(type(layer).forward).parameters)
+    return next(((name, i - 2) for i, name in enumerate(parameters) if name in CARRIED), None)
 
 
 def find_experts(layer: nn.Module) -> str | None:
@@ -214,16 +238,36 @@ def find_experts(layer: nn.Module) -> str | None:
     )
 
 
-def find_router(layer: nn.Module, router: str) -> nn.Module:
-    """Return the router module beside a layer's experts."""
-    experts = find_experts(layer)
-    assert experts is not None
-    return layer.get_submodule(experts.rpartition(".")[0]).get_submodule(router.rpartition(".")[2])
+def find_router(layer: nn.Module, family: Family) -> nn.Module:
+    """Return the router module of a layer: the one whose output holds the logits."""
+    return _moe_block(layer, family).get_submodule(family.live[0] if family.live else family.router)
+
+
+def find_matrix(layer: nn.Module, family: Family, rows: int) -> tuple[nn.Module, str]:
+    """Return the module that holds the router's matrix, (rows, H), and the matrix's name there."""
+    router = find_router(layer, family)
+    found = [name for name, p in router.named_parameters() if p.dim() == 2 and len(p) == rows]
+    path, _, leaf = found[-1].rpartition(".")
+    return router.get_submodule(path), leaf
+
+
+def find_bias(layer: nn.Module, family: Family) -> tuple[nn.Module, str] | None:
+    """Return the module that holds a layer's correction bias, and the bias's name there; None if it has none."""
+    path = family.live[1] if family.live else family.correction_bias
+    if path is None:
+        return None
+    name, _, leaf = path.rpartition(".")
+    owner = _moe_block(layer, family).get_submodule(name)
+    return (owner, leaf) if hasattr(owner, leaf) else None
+
+
+def _moe_block(layer: nn.Module, family: Family) -> nn.Module:
+    return layer.get_submodule(family.block if family.live_block is None else family.live_block)
 
 
 def _with_observed_experts(layer: nn.Module) -> nn.Module:
     experts = find_experts(layer)
-    if experts is not None:
+    if experts is not None and hasattr(layer.get_submodule(experts), "config"):
         module: Any = layer.get_submodule(experts)
         module.config = copy.copy(module.config)
         module.config._experts_implementation = observer.NAME

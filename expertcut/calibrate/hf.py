@@ -28,6 +28,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
+from expertcut.calibrate.adapters import adapt
 from expertcut.calibrate.reader import TensorReader
 from expertcut.checkpoint.types import Checkpoint
 from expertcut.errors import CheckpointError, RuntimeLintError
@@ -54,15 +55,24 @@ def check_version() -> str | None:
 
 
 def load_config(checkpoint: Checkpoint) -> PreTrainedConfig:
-    """Return transformers' config object of a checkpoint.
+    """Return transformers' config object of a checkpoint, without what it says of quantisation: weights come plain.
 
     Raises:
         CheckpointError: transformers does not know the model type.
     """
     try:
-        return AutoConfig.from_pretrained(checkpoint.path)  # type: ignore[no-any-return]
+        config = AutoConfig.from_pretrained(checkpoint.path)
     except (ValueError, KeyError, OSError) as error:
         raise CheckpointError(f"{checkpoint.name}: transformers cannot read config.json: {_line(error)}") from error
+    for scope in (config, config.get_text_config()):
+        if hasattr(scope, "quantization_config"):
+            del scope.quantization_config
+    return config  # type: ignore[no-any-return]
+
+
+def config_like(config: PreTrainedConfig, raw: dict[str, Any]) -> PreTrainedConfig:
+    """Return a config object of the same class from a raw config."""
+    return type(config).from_dict(type(config)._decode_special_floats(raw))
 
 
 def build_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -81,6 +91,7 @@ def build_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel
                 model = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
     except (ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"transformers cannot build {name or config.model_type}: {_line(error)}") from error
+    adapt(model)
     return model.eval()  # type: ignore[no-any-return]
 
 
@@ -107,7 +118,7 @@ class WeightLoader:
         self._dtype_plan: list[tuple[re.Pattern[str], torch.dtype]] = [
             (re.compile(pattern.replace("*", ".*")), to) for pattern, to in plan.items()
         ]
-        self._groups = self._map_names(reader.checkpoint.tensors)
+        self._groups = self._map_names(reader.names)
         self._shared: dict[str, nn.Parameter] = {}
 
     def sources(self, prefix: str) -> list[str]:
@@ -171,9 +182,8 @@ class WeightLoader:
     def _copy(self, target: str, group: _Group, out: torch.Tensor) -> None:
         if group.converter is None:
             (name,) = group.names()
-            view = self.reader.view(name)
-            self._check_shape(target, view.shape)
-            out.copy_(view)
+            self._check_shape(target, self.reader.shape(name))
+            self.reader.copy(name, out)
             return
         start = 0
         for pattern in group.converter.source_patterns:
@@ -190,8 +200,10 @@ class WeightLoader:
 
     def _check_shape(self, target: str, found: Iterable[int]) -> None:
         if tuple(found) != tuple(self._meta[target].shape):
-            expected = list(self._meta[target].shape)
-            raise CheckpointError(f"{self.reader.checkpoint.name}: {target}: shape {list(found)}, expected {expected}")
+            raise CheckpointError(
+                f"{self.reader.checkpoint.name}: {target}: shape {list(found)}, "
+                f"expected {list(self._meta[target].shape)}"
+            )
 
     def _target_dtype(self, target: str) -> torch.dtype:
         if not self._meta[target].is_floating_point():

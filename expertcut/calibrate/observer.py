@@ -18,7 +18,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _grouped_linear
 
 from expertcut.calibrate.sums import BlockSums, Routed
 from expertcut.errors import CheckpointError
-from expertcut.model import Family
+from expertcut.model.families import Scoring
 
 NAME = "expertcut"
 """Name under which the experts implementation is registered with transformers."""
@@ -38,18 +38,22 @@ def observed_experts(
     """Grouped forward of all routed experts, (T, H) → (T, H), equal bit for bit to transformers' `grouped_mm`.
 
     With an `Observer` attached to the module, its statistics are recorded on the way. On a CPU a few experts are taken
-    at a time: their intermediates stay in the cache, and only the (S, H) outputs are held whole.
+    at a time: their intermediates stay in the cache, and only the (S, H) outputs are held whole. Numbers behind those
+    of the experts hand their input through; `scales_input` of a module says that gates scale inputs, not outputs.
     """
     observer: Observer | None = experts.__dict__.get("_expertcut_observer")
+    scales_input = getattr(experts, "scales_input", False)
     tokens, top_k = top_k_index.shape
     ids_S, perm = torch.sort(top_k_index.reshape(-1))
     gate_S1 = top_k_weights.reshape(-1)[perm].unsqueeze(-1)
-    counts_E = torch.bincount(ids_S, minlength=experts.num_experts)
+    counts_E = torch.bincount(ids_S, minlength=experts.num_experts)[: experts.num_experts]
     weighted_SH = act_S = plain_SH = None
-    for some, rows in _chunks(counts_E):
+    for some, rows in _chunks(counts_E, getattr(experts, "hands_through", False)):
         at = perm[rows]
         offsets = counts_E[some].cumsum(0, dtype=torch.int32)
         x = hidden_states[at // top_k]
+        if scales_input:
+            x = x * gate_S1[rows].to(x.dtype)
         x = _project(experts, "gate_up_proj" if experts.has_gate else "up_proj", x, some, offsets, ids_S[rows])
         x = experts._apply_gate(x) if experts.has_gate else experts.act_fn(x)
         if observer is not None:
@@ -59,8 +63,11 @@ def observed_experts(
             x = experts.post_expert_norm(x)
         if observer is not None and observer.moments:
             plain_SH = _put(plain_SH, x, at, perm)
-        weighted_SH = _put(weighted_SH, x * gate_S1[rows], at, perm)
+        weighted_SH = _put(weighted_SH, x if scales_input else x * gate_S1[rows], at, perm)
     assert weighted_SH is not None
+    if getattr(experts, "hands_through", False):
+        at = perm[int(counts_E.sum()) :]
+        weighted_SH[at] = hidden_states[at // top_k] * gate_S1[len(perm) - len(at) :].to(hidden_states.dtype)
     weighted_TKH = weighted_SH.view(tokens, top_k, -1)
     if observer is not None and act_S is not None:
         out = None if plain_SH is None else plain_SH.view(tokens, top_k, -1)
@@ -68,11 +75,11 @@ def observed_experts(
     return weighted_TKH.sum(dim=1).to(hidden_states.dtype)
 
 
-def _chunks(counts_E: torch.Tensor) -> Iterator[tuple[slice, slice]]:
+def _chunks(counts_E: torch.Tensor, hands_through: bool) -> Iterator[tuple[slice, slice]]:
     """Yield (experts, their rows) of at most `CHUNK_ROWS` rows or one expert; all at once where counting would wait."""
     experts = len(counts_E)
     if counts_E.device.type != "cpu":
-        yield slice(0, experts), slice(None)
+        yield slice(0, experts), slice(0, int(counts_E.sum()) if hands_through else None)
         return
     first = start = stop = 0
     for expert, count in enumerate(counts_E.tolist()):
@@ -101,9 +108,11 @@ def _project(
 class Observer:
     """Watches one MoE block of a running model and keeps what a micro-batch showed until it is committed."""
 
-    def __init__(self, family: Family, sums: BlockSums, router: nn.Module, experts: nn.Module) -> None:
-        self.family, self.sums, self.moments = family, sums, sums.moments is not None
-        self._bias_name = (family.correction_bias or "").rpartition(".")[2]
+    def __init__(
+        self, scoring: Scoring, sums: BlockSums, router: nn.Module, bias: torch.Tensor | None, experts: nn.Module
+    ) -> None:  # fmt: skip
+        self.scoring, self.sums, self.moments = scoring, sums, sums.moments is not None
+        self._bias = bias
         self._choice_TE: torch.Tensor | None = None
         self._entropy_T: torch.Tensor | None = None
         self._pending: Routed | None = None
@@ -114,20 +123,17 @@ class Observer:
         self._hook = router.register_forward_hook(self._on_router)
 
     def _on_router(self, router: nn.Module, args: Any, output: Any) -> None:
-        logits = next(
-            (t for t in (output if isinstance(output, tuple) else (output,))
-             if isinstance(t, torch.Tensor) and t.shape[-1] == self.sums.e), None,
-        )  # fmt: skip
+        widths = (self.sums.e, self.sums.e - self.sums.tail)
+        outputs = output if isinstance(output, tuple) else (output,)
+        if self.scoring == "sigmoid-input":
+            outputs = outputs[::-1]  # (scores, logits), both (T, E)
+        logits = next((t for t in outputs if isinstance(t, torch.Tensor) and t.shape[-1] in widths), None)
         if logits is None:
-            raise CheckpointError(
-                f"{type(router).__name__} returns no logits of {self.sums.e} experts; cannot observe it"
-            )
-        logits = logits.reshape(-1, self.sums.e).float()
-        sigmoid = self.family.scoring == "sigmoid"
-        choice = logits.sigmoid() if sigmoid else logits
-        bias = getattr(router, self._bias_name, None) if self._bias_name else None
-        self._choice_TE = choice if bias is None else choice + bias
-        p = choice / choice.sum(-1, keepdim=True) if sigmoid else logits.softmax(-1)
+            name = type(router).__name__
+            raise CheckpointError(f"{name} returns no logits of {widths[1]} experts; cannot observe it")
+        logits = logits.reshape(-1, logits.shape[-1]).float()
+        score, p = _scores(logits, self.scoring)
+        self._choice_TE = score if self._bias is None else score + self._bias.float().reshape(1, -1)
         self._entropy_T = torch.special.entr(p).sum(-1)
 
     def record(
@@ -136,6 +142,8 @@ class Observer:
     ) -> None:  # fmt: skip
         """Keep one micro-batch's observations; called by the experts implementation."""
         assert self._choice_TE is not None and self._entropy_T is not None and self.domain_T is not None
+        if self.sums.skips:  # a token that chose to skip is reported as one of expert 0 with weight 0
+            index_TK = index_TK.masked_fill(gate_TK == 0, self.sums.e - 1)
         order = self._choice_TE.gather(1, index_TK).argsort(dim=1, descending=True, stable=True)
         gram = _gram(weighted_TKH)
         k = order.shape[1]
@@ -165,6 +173,16 @@ class Observer:
         """Detach from the model."""
         self._hook.remove()
         self._experts.__dict__.pop("_expertcut_observer", None)
+
+
+def _scores(logits_TE: torch.Tensor, scoring: Scoring) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a router chooses by before any correction bias, and its distribution over experts, both (T, E)."""
+    if scoring in ("softmax", "softmax-after-topk", "sparsemixer"):
+        p = logits_TE.softmax(-1)
+        return (p if scoring == "softmax" else logits_TE), p
+    score = nn.functional.softplus(logits_TE).sqrt() if scoring == "sqrtsoftplus" else logits_TE.sigmoid()
+    p = score / score.sum(-1, keepdim=True)
+    return (logits_TE if scoring.startswith("sigmoid-") else score), p
 
 
 def _gram(weighted_TKH: torch.Tensor) -> torch.Tensor:

@@ -29,6 +29,8 @@ class Passage:
         for batch in batches:
             self.prepared.append(stream.prepare(batch, self.prepared[-1] if self.prepared else None))
         self.hidden = [[park(p.hidden) for p in self.prepared] for _ in range(tracks)]
+        self.carried: list[list[torch.Tensor | None]] = [[None] * len(self.prepared) for _ in range(tracks)]
+        """What layers hand on to the next besides, in models where they do."""
         for prepared in self.prepared:
             prepared.hidden = prepared.hidden[:0]
 
@@ -49,10 +51,13 @@ class Passage:
         if observer is not None:
             observer.domain_T = prepared.batch.domain.flatten().to(self.stream.device)
         hidden = fetch(self.hidden[track][at], self.stream.device)
-        out = self.stream.call(layer, hidden, prepared.calls[index])
+        waiting = self.carried[track][at]
+        carried = None if waiting is None else fetch(waiting, self.stream.device)
+        out, carried = self.stream.call(layer, hidden, prepared.calls[index], carried)
         if observer is not None:
             observer.commit()
         self.hidden[track][at] = park(out)
+        self.carried[track][at] = None if carried is None else park(carried)
 
     def _guarded(self, index: int, layer: nn.Module, track: int, at: int, observer: Observer | None) -> bool:
         """Run; False if memory ran out and the micro-batch was halved instead."""
@@ -75,6 +80,10 @@ class Passage:
             raise ExpertcutError(
                 f"out of memory with a single sequence of {batch.ids.shape[1]} tokens", "pass a smaller --seq-len"
             )
+        if any(carried[at] is not None for carried in self.carried):
+            raise ExpertcutError(
+                "out of memory, and what this model's layers hand on cannot be halved", "pass a smaller --micro-tokens"
+            )
         halves = batch.halves()
         self.notify(f"out of memory: micro-batch of {len(batch.rows)} sequences halved")
         cut = len(halves[0].rows)
@@ -85,6 +94,8 @@ class Passage:
         settle(self.stream.device)
         for hidden in self.hidden:
             hidden[at : at + 1] = [hidden[at][:cut, : widths[0]].clone(), hidden[at][cut:, : widths[1]].clone()]
+        for carried in self.carried:
+            carried[at : at + 1] = [None, None]
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -19,7 +19,8 @@ from expertcut.errors import CheckpointError
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
     "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+    "F4": torch.uint8,
 }  # fmt: skip
 
 
@@ -31,8 +32,25 @@ class TensorReader:
         self._maps: dict[str, mmap.mmap] = {}
         self._ahead: threading.Thread | None = None
 
+    @property
+    def names(self) -> Iterable[str]:
+        """Names of all tensors."""
+        return self.checkpoint.tensors
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor."""
+        return self.checkpoint.tensors[name].shape
+
+    def copy(self, name: str, out: torch.Tensor) -> None:
+        """Write a tensor to `out`, in its dtype and on its device.
+
+        Raises:
+            CheckpointError: see `view`.
+        """
+        out.copy_(self.view(name))
+
     def view(self, name: str) -> torch.Tensor:
-        """Return a CPU tensor over the file's bytes.
+        """Return a CPU tensor over the file's bytes; 4-bit floats as bytes of two.
 
         Raises:
             CheckpointError: a dtype that torch has no plain type for.
@@ -41,14 +59,15 @@ class TensorReader:
         if info.dtype not in DTYPES:
             raise CheckpointError(f"{info.shard}: {name}: dtype {info.dtype} cannot be computed with")
         dtype = DTYPES[info.dtype]
+        shape = info.shape if info.dtype != "F4" else (*info.shape[:-1], info.shape[-1] // 2)
         if not info.nbytes:
-            return torch.empty(info.shape, dtype=dtype)
+            return torch.empty(shape, dtype=dtype)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The given buffer is not writable")
             flat = torch.frombuffer(self._map(info.shard), dtype=torch.uint8, count=info.nbytes, offset=info.start)
         if info.start % dtype.itemsize:
             flat = flat.clone()
-        return flat.view(dtype).view(info.shape)
+        return flat.view(dtype).view(shape)
 
     def read_ahead(self, names: Iterable[str]) -> None:
         """Ask the kernel to bring these tensors into the page cache, in the background."""

@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ import expertcut
 from expertcut.calibrate import hf
 from expertcut.calibrate.batches import batch_of, make_batches
 from expertcut.calibrate.data import CalibrationSet
-from expertcut.calibrate.executor import LayerStream, find_experts, find_router
+from expertcut.calibrate.executor import LayerStream, find_bias, find_experts, find_router
 from expertcut.calibrate.observer import Observer
 from expertcut.calibrate.passage import Notify, Passage
 from expertcut.calibrate.profile import BlockRecord, DataRecord, Profile, ProfileMeta
@@ -121,13 +122,15 @@ def _pass(
         block = stream.block(index)
         observer = None
         if block is not None:
+            experts: Any = layer.get_submodule(find_experts(layer) or "")
             sums = BlockSums(
-                domains=len(data.domains), experts=geometry.num_experts, top_k=geometry.top_k, hidden=geometry.hidden,
+                domains=len(data.domains), experts=geometry.num_experts, top_k=geometry.top_k,
+                hidden=experts.down_proj.shape[2 if experts.is_transposed else 1],
                 renormalise=geometry.renormalise, pair_domains=options.pair_domains, moments=options.moments,
-                device=stream.device,
+                device=stream.device, tail=geometry.tail, skips=geometry.family.skips,
             )  # fmt: skip
-            experts = layer.get_submodule(find_experts(layer) or "")
-            observer = Observer(geometry.family, sums, find_router(layer, geometry.family.router), experts)
+            router, bias = find_router(layer, geometry.family), find_bias(layer, geometry.family)
+            observer = Observer(geometry.family.scoring, sums, router, bias and getattr(*bias), experts)
         passage.step(index, layer, observer=observer)
         if observer is not None and block is not None:
             observer.close()
@@ -198,6 +201,7 @@ class _State:
         try:
             hidden = load_file(self.directory / f"hidden-{self.done}.safetensors")
             passage.hidden[0] = [hidden[str(i)] for i in range(len(self.rows))]
+            passage.carried[0] = [hidden.get(f"carried-{i}") for i in range(len(self.rows))]
             for done in range(1, self.done + 1):
                 sums = load_file(self.directory / f"sums-{done}.safetensors")
                 self.arrays |= {name: value.numpy() for name, value in sums.items()}
@@ -218,6 +222,7 @@ class _State:
         self.directory.mkdir(parents=True, exist_ok=True)
         settle(self.device)
         hidden = {str(i): h.contiguous() for i, h in enumerate(passage.hidden[0])}
+        hidden |= {f"carried-{i}": c.contiguous() for i, c in enumerate(passage.carried[0]) if c is not None}
         save_file(hidden, self.directory / f"hidden-{done}.safetensors")
         new = {name: torch.from_numpy(value) for name, value in self.arrays.items() if name not in self._saved}
         self._saved |= new.keys()

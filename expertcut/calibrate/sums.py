@@ -46,9 +46,11 @@ class BlockSums:
 
     def __init__(
         self, *, domains: int, experts: int, top_k: int, hidden: int, renormalise: bool,
-        pair_domains: bool, moments: bool, device: torch.device,
+        pair_domains: bool, moments: bool, device: torch.device, tail: int = 0, skips: bool = False,
     ) -> None:  # fmt: skip
-        self.d, self.e, self.k, self.h = domains, experts, top_k, hidden
+        """`tail` classes behind the experts are summed and not reported; the last one means to `skip` the block."""
+        experts += tail
+        self.d, self.e, self.k, self.h, self.tail, self.skips = domains, experts, top_k, hidden, tail, skips
         self.renormalise, self.pair_domains = renormalise, pair_domains
 
         def zeros(*shape: int) -> torch.Tensor:
@@ -107,16 +109,17 @@ class BlockSums:
     def arrays(self, prefix: str) -> dict[str, np.ndarray]:
         """Return the profile's arrays of this block, names prefixed by the block."""
         d, e, k = self.d, self.e, self.k
+        routed = e - self.tail
         out: dict[str, np.ndarray] = {}
-        per_expert = self.per_expert.view(-1, d, e).cpu().numpy()
+        per_expert = self.per_expert.view(-1, d, e)[..., :routed].cpu().numpy()
         out["count"] = per_expert[0].astype(np.int64)
         out |= {name: per_expert[i + 1] for i, name in enumerate(SUMS_E)}
-        maxima = self.maxima.view(-1, d, e).cpu().numpy()
+        maxima = self.maxima.view(-1, d, e)[..., :routed].cpu().numpy()
         out |= {name: maxima[i] for i, name in enumerate(MAXIMA_E)}
-        per_rank = self.per_rank.view(2, d, e, k).cpu().numpy()
+        per_rank = self.per_rank.view(2, d, e, k)[:, :, :routed].cpu().numpy()
         out["rank_count"], out["rank_mass"] = per_rank[0].astype(np.int64), per_rank[1]
         per_pair = self.per_pair.view(len(PAIRS), -1, e, e).cpu().numpy()
-        lower = np.tril_indices(e)
+        lower = np.tril_indices(routed)
         out |= {name: per_pair[i][:, lower[0], lower[1]] for i, name in enumerate(PAIRS)}
         out["coact"] = out["coact"].astype(np.int64)
         per_token = self.per_token.T.cpu().numpy()
@@ -127,7 +130,7 @@ class BlockSums:
         )
         out |= {name: per_token[:, 3 + i * k : 3 + (i + 1) * k] for i, name in enumerate(SUMS_K)}
         if self.moments is not None:
-            moments = self.moments.view(d, e, 2, self.h).cpu().numpy()
+            moments = self.moments.view(d, e, 2, self.h)[:, :routed].cpu().numpy()
             out["out_sum"], out["out_sq_sum_h"] = moments[:, :, 0], moments[:, :, 1]
         return {f"{prefix}/{name}": np.ascontiguousarray(value) for name, value in out.items()}
 

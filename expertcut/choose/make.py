@@ -145,7 +145,7 @@ def _scores(
         assert profile is not None
         return criterion.score(profile.layer(block.prefix, domain_weights))
     if criterion.needs_weights:
-        router_EH = read_array(checkpoint, block.router).astype(np.float64)
+        router_EH = read_array(checkpoint, block.router)[: geometry.num_experts].astype(np.float64)
         return criterion.score(WeightStats(router_norm=np.linalg.norm(router_EH, axis=1)))
     return criterion.score(PatternStats(geometry.num_experts, block.layer, seed))
 

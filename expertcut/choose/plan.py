@@ -56,7 +56,8 @@ class Plan(_Record):
     source: Source
     layers: Annotated[dict[str, LayerPlan], Field(min_length=1)]
     groups: Literal["keep"] = "keep"
-    mtp: Literal["lockstep"] = "lockstep"
+    mtp: Literal["lockstep", "drop"] = "lockstep"
+    """What becomes of multi-token-prediction layers: pruned like the others, or dropped with their config field."""
     provenance: dict[str, JsonValue] = {}
     """How the plan was made: criterion, budget, protection, profile, command."""
 
@@ -136,6 +137,11 @@ def kept_by_block(plan: Plan, geometry: Geometry) -> dict[str, tuple[int, ...]]:
     return {prefix: plan.layers.get(prefix, lockstep).kept for prefix in geometry.blocks}
 
 
+def dropped_tensors(plan: Plan, geometry: Geometry) -> frozenset[str]:
+    """Return the names of tensors that go altogether: those of multi-token-prediction layers that the plan drops."""
+    return frozenset(geometry.mtp_tensors) if plan.mtp == "drop" else frozenset()
+
+
 def validate(plan: Plan, geometry: Geometry) -> None:
     """Check that a plan can be carried out on a model of this geometry and leaves a model that runtimes load.
 
@@ -212,6 +218,8 @@ def _check_top_k(plan: Plan, prefix: str, where: str, geometry: Geometry) -> Non
             f"{where}: top_k={top_k}, expected {expected} as in the first MoE layer; top_k must be equal over layers",
             _AGAIN,
         )
+    if geometry.family.fixed_top_k and top_k != geometry.top_k:
+        raise PlanError(f"top_k={top_k}, but the router of {geometry.family.model_type} knows {geometry.top_k} only")
     usable = reachable(geometry, plan.experts)
     if top_k > usable:
         groups = f" in the {geometry.topk_group} of {geometry.n_group} groups that a token uses"

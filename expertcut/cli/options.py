@@ -99,3 +99,7 @@ ProtectSuper = Annotated[
     bool,
     typer.Option("--protect-super", help="Keep super experts (needs --profile).", rich_help_panel=CHOICE),
 ]
+DropMtp = Annotated[
+    bool,
+    typer.Option("--drop-mtp", help="Drop multi-token-prediction layers, do not prune them.", rich_help_panel=CHOICE),
+]

@@ -28,6 +28,7 @@ def plan(
     drop: o.Drop = None,
     fit: o.Fit = None,
     tp: o.TensorParallel = 1,
+    drop_mtp: o.DropMtp = False,
     seed: o.Seed = 0,
     revision: o.Revision = None,
     as_json: o.Json = False,
@@ -60,6 +61,7 @@ def plan(
         tuple(protect or ()),
         protect_super,
         seed,
+        drop_mtp,
     )
     made = build_plan(checkpoint, geometry, choice, out.command)
     made.save(out_file)

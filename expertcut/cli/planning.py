@@ -33,6 +33,7 @@ class Choice:
     protect: tuple[str, ...]
     protect_super: bool
     seed: int
+    drop_mtp: bool = False
 
 
 NO_CHOICE = Choice(None, None, None, None, None, None, 1, None, None, (), False, 0)
@@ -46,8 +47,10 @@ def build_plan(checkpoint: Checkpoint, geometry: Geometry, choice: Choice, comma
 
     if choice.strategy is None:
         raise UsageError("no strategy given", "for example --profile PROFILE --strategy reap")
+    if choice.drop_mtp and not (geometry.mtp_tensors or geometry.mtp_edits(checkpoint.config)):
+        raise UsageError(f"--drop-mtp: {checkpoint.name} has no multi-token-prediction layers")
     subject = _subject(checkpoint, geometry, geometry.num_experts, choice.top_k or geometry.top_k)
-    return make_plan(
+    plan = make_plan(
         checkpoint, geometry, strategy=choice.strategy, experts=choice.experts, drop=choice.drop, tp=choice.tp,
         keep=parse_keep(choice.keep) if choice.keep is not None else None,
         fit=parse_size(choice.fit) if choice.fit is not None else None,
@@ -56,6 +59,7 @@ def build_plan(checkpoint: Checkpoint, geometry: Geometry, choice: Choice, comma
         domain_weights=parse_domain_weights(choice.domain_weights) if choice.domain_weights is not None else None,
         protect=choice.protect, protect_super=choice.protect_super, seed=choice.seed, command=command,
     )  # fmt: skip
+    return plan.model_copy(update={"mtp": "drop"}) if choice.drop_mtp else plan
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ def outcome(checkpoint: Checkpoint, geometry: Geometry, plan: Plan) -> Outcome:
     subject = _subject(checkpoint, geometry, plan.experts, plan.top_k(geometry))
     findings = lint(subject)
     nearest = nearest_fast_counts(subject, geometry.num_experts)
-    before, after = checkpoint.nbytes, nbytes_with(checkpoint, geometry, plan.experts)
+    before, after = checkpoint.nbytes, nbytes_with(checkpoint, geometry, plan.experts, plan.mtp != "drop")
     members = {
         "experts": {"before": geometry.num_experts, "after": plan.experts},
         "top_k": {"before": geometry.top_k, "after": plan.top_k(geometry)},

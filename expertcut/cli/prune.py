@@ -43,6 +43,7 @@ def prune(
     drop: o.Drop = None,
     fit: o.Fit = None,
     tp: o.TensorParallel = 1,
+    drop_mtp: o.DropMtp = False,
     seed: o.Seed = 0,
     revision: o.Revision = None,
     as_json: o.Json = False,
@@ -76,6 +77,7 @@ def prune(
         tuple(protect or ()),
         protect_super,
         seed,
+        drop_mtp,
     )
     made = _plan(checkpoint, geometry, plan, choice, out.command)
     if dry_run:
@@ -107,6 +109,7 @@ def _preview(
 ) -> None:
     from expertcut.cli.planning import outcome
     from expertcut.cli.tables import facts, size, table
+    from expertcut.rewrite.config import describe
     from expertcut.rewrite.destination import check_replaceable, check_space
     from expertcut.rewrite.writer import prepare
 
@@ -122,7 +125,7 @@ def _preview(
     rows: list[tuple[str, object]] = [
         ("would write", f"{size(job.needed)} in {len(files)} files to {out_dir}"),
         ("through memory", f"{size(layout.in_memory)} of sliced tensors; the kernel copies the rest"),
-        ("config.json", ", ".join(f"{e['key']} {e['old']} → {e['new']}" for e in edits) or "unchanged"),
+        ("config.json", ", ".join(map(describe, layout.edits)) or "unchanged"),
     ]
     listing = table(("file", ">bytes"), [(name, f"{nbytes:,}") for name, nbytes in sorted(files.items())])
     out.finish(document, facts(rows + result.rows), "", listing, "", result.lint)

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from expertcut.calibrate.batches import Batch, make_batches
 from expertcut.calibrate.data import CalibrationSet
-from expertcut.calibrate.executor import LayerStream, find_experts, find_router
+from expertcut.calibrate.executor import LayerStream, find_bias, find_experts, find_matrix, find_router
 from expertcut.calibrate.passage import Notify, Passage
 from expertcut.calibrate.run import Advance
 from expertcut.calibrate.transfer import resolve_device
@@ -35,6 +35,7 @@ Matrix products of another width add up in another order; now and then that turn
 tokens may differ by more.
 """
 _FAR_BELOW = -1e9
+_PRODUCTS = (nn.functional.linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
 
 Tracks = Callable[[int, nn.Module], Sequence[nn.Module]]
 """(layer number, the base's layer) → one layer per track."""
@@ -69,11 +70,11 @@ def verify_numeric(
 
         def tracks(index: int, layer: nn.Module) -> list[nn.Module]:
             uses.watch(index, layer)
-            reverse = _reversed(variant.layer(index, layer), geometry)
-            masked = everything.layer(index, layer)
+            reverse = _reversed(variant.layer(index, layer), geometry, plan.experts)
+            narrowed, masked = variant.layer(index, layer), everything.layer(index, layer)
             if find_experts(layer) is not None:
-                masked = _Masked(masked, geometry, kept[index])
-            return [layer, variant.layer(index, layer), masked, reverse]
+                masked = _Masked(masked, geometry, kept[index], narrowed)
+            return [layer, narrowed, masked, reverse]
 
         passage = run(old, tracks)
         base, expected, masked, swapped = (_apart(found, passage, track) / spread for track in range(4))
@@ -150,10 +151,12 @@ def _all_kept(plan: Plan, geometry: Geometry) -> Plan:
     return plan.model_copy(update={"layers": layers})
 
 
-def _reversed(layer: nn.Module, geometry: Geometry) -> nn.Module:
+def _reversed(layer: nn.Module, geometry: Geometry, experts: int) -> nn.Module:
     if find_experts(layer) is not None:
-        router: Any = find_router(layer, geometry.family.router)
-        router.weight = nn.Parameter(router.weight.flip(0), requires_grad=False)
+        owner, leaf = find_matrix(layer, geometry.family, experts + geometry.tail)
+        weight = getattr(owner, leaf)
+        weight = torch.cat((weight[:experts].flip(0), weight[experts:]))
+        setattr(owner, leaf, nn.Parameter(weight, requires_grad=False))
     return layer
 
 
@@ -168,7 +171,8 @@ class _Uses:
         experts = find_experts(layer)
         if experts is None:
             return
-        lost = torch.ones(self.geometry.num_experts, dtype=torch.bool)
+        lost = torch.zeros(self.geometry.num_experts + self.geometry.tail, dtype=torch.bool)
+        lost[: self.geometry.num_experts] = True
         lost[list(self.kept[index])] = False
 
         def count(module: nn.Module, args: Any) -> None:
@@ -178,22 +182,30 @@ class _Uses:
 
 
 class _Masked(nn.Module):
-    """A layer whose router never chooses a dropped expert, by minus infinity on logits or on the correction bias."""
+    """A layer whose router never chooses a dropped expert: logits minus infinity, correction bias far below any score.
 
-    def __init__(self, layer: nn.Module, geometry: Geometry, kept: tuple[int, ...]) -> None:
+    A table of expert ids is the plan's, with the experts' old numbers.
+    """
+
+    def __init__(self, layer: nn.Module, geometry: Geometry, kept: tuple[int, ...], narrowed: nn.Module) -> None:
         super().__init__()
         self.layer = layer
-        router: Any = find_router(layer, geometry.family.router)
-        dropped = torch.ones(geometry.num_experts, dtype=torch.bool, device=router.weight.device)
+        weight = getattr(*find_matrix(layer, geometry.family, geometry.num_experts + geometry.tail))
+        dropped = torch.zeros(len(weight), dtype=torch.bool, device=weight.device)
+        dropped[: geometry.num_experts] = True
         dropped[list(kept)] = False
-        leaf = (geometry.family.correction_bias or "").rpartition(".")[2]
-        if leaf:
-            setattr(router, leaf, getattr(router, leaf).masked_fill(dropped, _FAR_BELOW))
-        self._mode = None if leaf else _MaskLogits(router.weight, dropped)
+        if found := find_bias(layer, geometry.family):
+            bias = getattr(*found)
+            masked = bias.detach().masked_fill(dropped[: bias.shape[-1]], _FAR_BELOW)
+            setattr(*found, nn.Parameter(masked, requires_grad=False) if isinstance(bias, nn.Parameter) else masked)
+        if (leaf := (geometry.family.hash_table or "").rpartition(".")[2]) and hasattr(
+            router := find_router(layer, geometry.family), leaf
+        ):
+            table = getattr(find_router(narrowed, geometry.family), leaf)
+            setattr(router, leaf, torch.tensor(kept, device=table.device)[table])
+        self._mode = _MaskLogits(weight, dropped)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self._mode is None:
-            return self.layer(*args, **kwargs)
         with self._mode:
             return self.layer(*args, **kwargs)
 
@@ -207,7 +219,7 @@ class _MaskLogits(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func is nn.functional.linear and args[1].data_ptr() == self.pointer:
+        if func in _PRODUCTS and args[1].data_ptr() == self.pointer:
             return out.masked_fill(self.dropped, float("-inf"))
         return out
 

@@ -15,7 +15,9 @@ from torch import nn
 
 from expertcut.calibrate import hf
 from expertcut.calibrate.executor import LayerStream, find_experts, find_layers
+from expertcut.checkpoint import read_array
 from expertcut.choose.plan import Plan, kept_by_block
+from expertcut.model.hashing import remap, stand_ins
 
 
 class _Renumbered(nn.Module):
@@ -43,20 +45,23 @@ class Variant:
         geometry = stream.geometry
         kept = kept_by_block(plan, geometry)
         self.kept = {block.layer: kept[block.prefix] for block in geometry.trunk}
+        self.top_k, self._stream = plan.top_k(geometry), stream
         raw = copy.deepcopy(stream.checkpoint.config)
         for edit in geometry.config_edits(raw, plan.experts, plan.top_k(geometry)):
             scope = raw
             for key in edit.path[:-1]:
                 scope = scope[key]
             scope[edit.path[-1]] = edit.new
-        self._layers = find_layers(hf.build_model(type(stream.config).from_dict(raw), stream.dtype))[1]
+        self._layers = find_layers(hf.build_model(hf.config_like(stream.config, raw), stream.dtype))[1]
 
     def layer(self, index: int, base: nn.Module) -> nn.Module:
         """Return the layer of this variant; valid as long as the base's layer is."""
         layer = copy.deepcopy(self._layers[index])
         experts = find_experts(base)
         if experts is not None:
-            kept = torch.tensor(self.kept[index], device=next(base.parameters()).device)
+            device, geometry = next(base.parameters()).device, self._stream.geometry
+            tail = range(geometry.num_experts, geometry.num_experts + geometry.tail)
+            kept = torch.tensor((*self.kept[index], *tail), device=device)
             parent, _, leaf = experts.rpartition(".")
             setattr(layer.get_submodule(parent), leaf, _Renumbered(base.get_submodule(experts), kept))
         for name, tensor in (*base.named_parameters(), *base.named_buffers()):
@@ -67,8 +72,21 @@ class Variant:
             store = owner._parameters if leaf in owner._parameters else owner._buffers
             mine = store[leaf]
             assert mine is not None
-            if mine.shape != tensor.shape:
+            if experts is not None and self._is_table(leaf):
+                tensor = self._remapped(index, tensor)
+            elif mine.shape != tensor.shape:
                 axis = next(a for a in range(tensor.dim()) if mine.shape[a] != tensor.shape[a])
-                tensor = nn.Parameter(tensor.index_select(axis, kept), requires_grad=False)
+                tensor = nn.Parameter(tensor.index_select(axis, kept[: mine.shape[axis]]), requires_grad=False)
             store[leaf] = tensor  # type: ignore[assignment]
         return layer
+
+    def _is_table(self, leaf: str) -> bool:
+        table = self._stream.geometry.family.hash_table
+        return table is not None and leaf == table.rpartition(".")[2]
+
+    def _remapped(self, index: int, table: torch.Tensor) -> torch.Tensor:
+        """The table of expert ids of a layer that routes by token id, as the plan makes it."""
+        block = self._stream.block(index)
+        assert block is not None
+        who = stand_ins(read_array(self._stream.checkpoint, block.router), self.kept[index])
+        return torch.from_numpy(remap(table.cpu().numpy(), who, self.top_k)).to(table.device)

@@ -1,12 +1,13 @@
 """Families (a table of data) and geometry (the role of every tensor). No torch, no transformers."""
 
-from expertcut.model.families import FAMILIES, Family, resolve_family
+from expertcut.model.families import BY_TYPE, FAMILIES, REFUSED, Family, resolve_family
 from expertcut.model.fingerprint import Fingerprint, check_fingerprint, fingerprint, geometry_hash
 from expertcut.model.geometry import (
     Edit,
     ExpertTensor,
     Geometry,
     MoeBlock,
+    Remapped,
     Role,
     Sliced,
     Whole,
@@ -14,6 +15,7 @@ from expertcut.model.geometry import (
 )
 
 __all__ = [
-    "FAMILIES", "Edit", "ExpertTensor", "Family", "Fingerprint", "Geometry", "MoeBlock", "Role", "Sliced", "Whole",
-    "check_fingerprint", "fingerprint", "geometry_hash", "read_geometry", "resolve_family",
+    "BY_TYPE", "FAMILIES", "REFUSED", "Edit", "ExpertTensor", "Family", "Fingerprint", "Geometry", "MoeBlock",
+    "Remapped", "Role", "Sliced", "Whole", "check_fingerprint", "fingerprint", "geometry_hash", "read_geometry",
+    "resolve_family",
 ]  # fmt: skip

@@ -72,8 +72,10 @@ def check_fingerprint(expected: Fingerprint, checkpoint: Checkpoint, geometry: G
     """
     if expected.geometry != geometry_hash(geometry):
         raise PlanError(
-            f"the {what} was made for a model of another geometry than {checkpoint.name} "
-            f"({len(geometry.trunk)} MoE layers, {geometry.num_experts} experts, top-{geometry.top_k})",
+            f"the {what} was made for a model of another geometry than {checkpoint.name}, which has "
+            f"{len(geometry.trunk)} MoE layers of {geometry.num_layers}, {geometry.num_experts} experts of width "
+            f"{geometry.expert_width} in {geometry.n_group} groups, top-{geometry.top_k}, hidden size "
+            f"{geometry.hidden}, {geometry.family.scoring} routers (compared: all of these, not the storage format)",
             f"make a {what} for this model, or pass the model it was made for",
         )
     found = fingerprint(checkpoint, geometry).sketch
@@ -83,8 +85,9 @@ def check_fingerprint(expected: Fingerprint, checkpoint: Checkpoint, geometry: G
         distance = float(np.abs(np.subtract(expected.sketch[old], found[new])).max())
         if not distance <= TOLERANCE:
             raise PlanError(
-                f"the {what} was made for another model than {checkpoint.name}: the router {new} differs "
-                f"(sketch distance {distance:.3f}, tolerance {TOLERANCE})",
+                f"the {what} was made for another model than {checkpoint.name}: the router "
+                f"{geometry.blocks[new].router} differs (compared: {SKETCH} numbers of each router's weights, whatever "
+                f"their dtype; distance {distance:.3f}, tolerance {TOLERANCE})",
                 f"make a {what} for this model",
             )
 

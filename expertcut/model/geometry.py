@@ -1,22 +1,28 @@
 """Checkpoint and family in; the role of every tensor out, each classified exactly once.
 
 Invariant: `roles` has the same keys, in the same order, as the checkpoint's tensors. What is neither an expert's, nor
-sliced, nor known to be whole, and still has an expert-sized axis inside a MoE block, stops the run.
+sliced, nor remapped, nor known to be whole, and still has an expert-sized axis inside a MoE block, stops the run; so
+does an expert's tensor outside of every known block.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
 from expertcut.checkpoint.types import Checkpoint, TensorInfo
 from expertcut.errors import ConfigConflictError, UnknownTensorError
-from expertcut.model.families import Family, resolve_family
+from expertcut.model.families import HIDDEN_KEYS, MTP_KEYS, TOWERS, Family, dig, resolve_family
+from expertcut.model.numbers import Numbers
 
-_LAYER = re.compile(r"(?P<stack>(?:[^.]+\.)*?)layers\.(?P<layer>\d+)\.(?P<rest>.+)")
+_LAYER = re.compile(
+    r"(?P<stack>(?:[^.]+\.)*?)(?P<list>layers|blocks|mtp|mtp_layers|mtp_block)\.(?P<layer>\d+)\.(?P<rest>.+)"
+)
+_EXPERT = re.compile(r"(?<!shared_)experts\.\d+\.")
+_MTP = re.compile(r"(^|\.)mtp(_layers|_block)?\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,10 +32,11 @@ class Whole:
 
 @dataclass(frozen=True, slots=True)
 class ExpertTensor:
-    """Belongs to one routed expert and is kept, renamed or dropped with it."""
+    """Belongs to one routed expert and is kept, renamed or dropped with it; always kept if in the tail."""
 
     block: str
     expert: int
+    """Number on disk; those of the tail are the expert count and up."""
     part: str
     """What follows the expert's number, e.g. `up_proj.weight`."""
 
@@ -41,9 +48,18 @@ class Sliced:
     block: str
     axis: int
     unit: int = 1
+    tail: int = 0
+    """Rows behind those of the experts, always kept; only with unit 1."""
 
 
-Role = Whole | ExpertTensor | Sliced
+@dataclass(frozen=True, slots=True)
+class Remapped:
+    """An integer table (vocabulary, k) of expert ids: its values change, its shape does not."""
+
+    block: str
+
+
+Role = Whole | ExpertTensor | Sliced | Remapped
 WHOLE = Whole()
 
 
@@ -57,11 +73,11 @@ class MoeBlock:
     """Absolute layer number; layers of a separate multi-token-prediction stack count on behind the trunk."""
     mtp: bool
     router: str
-    """Name of the router's weight, shape (E, H)."""
+    """Name of the router's weight, shape (E + tail, H)."""
     expert_prefix: str
     """What stands before an expert's number, e.g. `model.layers.3.mlp.experts.`."""
     tensors: tuple[str, ...]
-    """All expert and sliced tensors, in checkpoint order."""
+    """All expert, sliced and remapped tensors, in checkpoint order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +108,8 @@ class Geometry:
     num_layers: int
     """Decoder layers of the trunk, dense ones included."""
     renormalise: bool
+    tail: int = 0
+    """Rows of the router behind those of the experts: zero experts, shared experts, a skip class. They always stay."""
 
     @property
     def trunk(self) -> tuple[MoeBlock, ...]:
@@ -103,18 +121,42 @@ class Geometry:
         """MoE blocks of multi-token-prediction layers."""
         return tuple(b for b in self.blocks.values() if b.mtp)
 
+    @property
+    def mtp_tensors(self) -> tuple[str, ...]:
+        """Every tensor of multi-token-prediction layers and what belongs to them, in checkpoint order."""
+        stacks = {place["stack"] for block in self.trunk if (place := _LAYER.match(block.router))}
+        return tuple(name for name in self.roles if _is_mtp(name, self.num_layers, stacks))
+
     def expert_nbytes(self, checkpoint: Checkpoint, prefix: str) -> int:
         """Bytes that dropping one expert of a block saves, its router row included (mean over the block's experts)."""
-        return sum(checkpoint.tensors[n].nbytes for n in self.blocks[prefix].tensors) // self.num_experts
+        total = 0
+        for name in self.blocks[prefix].tensors:
+            role, nbytes = self.roles[name], checkpoint.tensors[name].nbytes
+            if isinstance(role, Sliced):
+                total += nbytes * self.num_experts // (self.num_experts + role.tail)
+            elif isinstance(role, ExpertTensor) and role.expert < self.num_experts:
+                total += nbytes
+        return total // self.num_experts
 
     def config_edits(self, config: Mapping[str, Any], experts: int, top_k: int) -> list[Edit]:
-        """Return the values of the raw config that change, every alias that is present."""
-        scope = _scope(config, self.family)
-        wanted = dict.fromkeys(self.family.experts, experts) | dict.fromkeys(self.family.top_k, top_k)
+        """Return the values of the raw config that change, every alias that is present; lists in all entries."""
+        wanted = dict.fromkeys(self.family.experts, (self.num_experts, experts))
+        wanted |= dict.fromkeys(self.family.top_k, (self.top_k, top_k))
         return [
-            Edit((*self.family.root, key), scope[key], new)
-            for key, new in wanted.items()
-            if scope.get(key) is not None and scope[key] != new
+            Edit((*path, key), found, edited)
+            for path in dict.fromkeys((self.family.root, ()))
+            for key, (old, new) in wanted.items()
+            if (found := (dig(config, path) or {}).get(key)) is not None
+            and (edited := _edited(found, old, new)) != found
+        ]
+
+    def mtp_edits(self, config: Mapping[str, Any]) -> list[Edit]:
+        """Return the values of the raw config that change when multi-token-prediction layers go: their counts, to 0."""
+        return [
+            Edit((*path, key), found, 0)
+            for path in dict.fromkeys((self.family.root, ()))
+            for key in MTP_KEYS
+            if isinstance(found := (dig(config, path) or {}).get(key), int) and found != 0
         ]
 
 
@@ -126,135 +168,162 @@ def read_geometry(checkpoint: Checkpoint) -> Geometry:
         ConfigConflictError: config and tensors disagree, or an expert is incomplete.
     """
     family = resolve_family(checkpoint.config)
-    scope = _scope(checkpoint.config, family)
-    experts, top_k = _agreed(scope, family.experts), _agreed(scope, family.top_k)
+    numbers = Numbers(checkpoint.config, family)
+    experts, top_k = numbers.agreed(family.experts), numbers.agreed(family.top_k)
     if not 1 <= top_k <= experts:
         raise ConfigConflictError(f"config.json: {family.top_k[0]}={top_k} of {experts} experts")
-    layers = _number(scope, "num_hidden_layers")
-    roles, blocks = _classify(checkpoint, family, experts, layers)
+    tail = family.tail if isinstance(family.tail, int) else int(numbers.scope.get(family.tail) or 0)
+    layers = numbers.layers()
+    roles, blocks = _Classifier(checkpoint, family, experts, tail, layers).run()
     if not blocks:
+        where = ".".join(part for part in ("layers.*", family.block, family.expert, "*") if part)
         raise UnknownTensorError(
-            f"{checkpoint.name}: no routed experts found where {family.model_type} keeps them "
-            f"(layers.*.{family.block}.{family.expert}.*)"
+            f"{checkpoint.name}: no routed experts found where {family.model_type} keeps them ({where})"
         )
-    n_group, topk_group = _groups(scope, family, experts)
+    n_group, topk_group = numbers.groups(family, experts)
     renormalise = (
         family.renormalise
         if isinstance(family.renormalise, bool)
-        else bool(scope.get(family.renormalise, family.renormalise_default))
+        else bool(numbers.scope.get(family.renormalise, family.renormalise_default))
     )
     return Geometry(
         family, roles, blocks, experts, top_k, n_group, topk_group,
-        _number(scope, "hidden_size"), _number(scope, family.width), layers, renormalise,
+        numbers.first(HIDDEN_KEYS), numbers.first(family.width), layers, renormalise, tail,
     )  # fmt: skip
 
 
-def _classify(
-    checkpoint: Checkpoint, family: Family, experts: int, layers: int
-) -> tuple[dict[str, Role], dict[str, MoeBlock]]:
-    roles: dict[str, Role] = {}
-    members: dict[tuple[bool, int, str], list[str]] = {}
-    inside = family.block + "."
-    for tensor in checkpoint.tensors.values():
-        match = _LAYER.match(tensor.name)
-        role: Role = WHOLE
-        if match and match["rest"].startswith(inside):
-            stack, layer = match["stack"], int(match["layer"])
-            prefix = f"{stack}layers.{layer}.{family.block}"
-            role = _role(tensor, prefix, match["rest"][len(inside) :], family, experts)
-            if role is not WHOLE:
-                separate = "mtp" in stack
-                mtp = separate or layer >= layers
-                members.setdefault((mtp, layer + layers * separate, prefix), []).append(tensor.name)
-        roles[tensor.name] = role
-    blocks = {}
-    for (mtp, layer, prefix), names in sorted(members.items()):
-        blocks[prefix] = MoeBlock(
-            prefix, layer, mtp, f"{prefix}.{family.router}.weight", f"{prefix}.{family.expert}.", tuple(names)
-        )
-        _check_block(blocks[prefix], roles, experts)
-    return roles, blocks
+class _Classifier:
+    """Gives every tensor of a checkpoint its role. Only a layer with a router holds a MoE block."""
 
+    def __init__(self, checkpoint: Checkpoint, family: Family, experts: int, tail: int, layers: int) -> None:
+        self.checkpoint, self.family, self.experts, self.tail, self.layers = checkpoint, family, experts, tail, layers
+        self.router = f"{family.router}.weight"
+        self.inside = f"{family.block}." if family.block else ""
+        self.places: dict[str, re.Match[str] | None] = {
+            name: None if in_tower(name) else _LAYER.match(name) for name in checkpoint.tensors
+        }
+        leaf = self.inside + self.router
+        self.bases = {
+            name[: place.start("rest")] for name, place in self.places.items() if place and place["rest"] == leaf
+        }  # fmt: skip
 
-def _role(tensor: TensorInfo, prefix: str, rest: str, family: Family, experts: int) -> Role:
-    head, _, tail = rest.partition(family.expert + ".")
-    number, _, part = tail.partition(".")
-    if not head and number.isdecimal() and part:
-        if int(number) >= experts:
-            raise ConfigConflictError(f"{tensor.name}: expert {number}, but the config counts {experts} experts")
-        return ExpertTensor(prefix, int(number), part)
-    for pattern, axis in ((f"{family.router}.weight", 0), *family.sliced):
-        if fnmatchcase(rest, pattern):
-            if len(tensor.shape) <= axis or tensor.shape[axis] != experts:
-                raise ConfigConflictError(
-                    f"{tensor.name}: shape {list(tensor.shape)}, expected the config's {experts} experts on axis {axis}"
+    def run(self) -> tuple[dict[str, Role], dict[str, MoeBlock]]:
+        """Return roles in checkpoint order and blocks in layer order."""
+        roles: dict[str, Role] = {}
+        members: dict[tuple[bool, int, str], list[str]] = {}
+        for tensor in self.checkpoint.tensors.values():
+            place = self.places[tensor.name]
+            role: Role = WHOLE
+            if place and place["rest"].startswith(self.inside):
+                base, rest = tensor.name[: place.start("rest")], place["rest"][len(self.inside) :]
+                if base in self.bases:
+                    role = self._role(tensor, (base + self.inside).rstrip("."), rest)
+                elif self._is_routed(rest):
+                    raise ConfigConflictError(
+                        f"{base}{self.inside}{self.router} is missing: {tensor.name} is an expert's, but has no router"
+                    )
+                if role is not WHOLE:
+                    members.setdefault(self._order(tensor.name, place, base), []).append(tensor.name)
+            if role is WHOLE and not in_tower(tensor.name) and _EXPERT.search(tensor.name):
+                raise UnknownTensorError(
+                    f"{tensor.name}: looks like an expert's, but lies in no place where "
+                    f"{self.family.model_type} keeps experts",
+                    "see CONTRIBUTING.md, 'Add a family'",
                 )
-            return Sliced(prefix, axis)
-    if any(fnmatchcase(rest, pattern) for pattern in family.whole) or experts not in tensor.shape:
-        return WHOLE
-    raise UnknownTensorError(
-        f"{tensor.name}: shape {list(tensor.shape)} has an axis as long as the {experts} experts "
-        f"and no rule of family {family.model_type} explains it",
-        "if it has one entry per expert, add it to the family's row; see CONTRIBUTING.md, 'Add a family'",
-    )
+            roles[tensor.name] = role
+        blocks = {}
+        for (mtp, layer, base), names in sorted(members.items()):
+            inside = base + self.inside
+            prefix, expert = inside.rstrip("."), f"{self.family.expert}." if self.family.expert else ""
+            blocks[prefix] = MoeBlock(prefix, layer, mtp, inside + self.router, inside + expert, tuple(names))
+            self._check_block(blocks[prefix], roles)
+        return roles, blocks
 
+    def _order(self, name: str, place: re.Match[str], base: str) -> tuple[bool, int, str]:
+        layer, separate = int(place["layer"]), _MTP.search(base) is not None
+        return _is_mtp(name, self.layers), layer + self.layers * separate, base
 
-def _check_block(block: MoeBlock, roles: Mapping[str, Role], experts: int) -> None:
-    if block.router not in roles:
-        raise ConfigConflictError(f"{block.router} is missing: block {block.prefix} has experts but no router")
-    parts: dict[str, set[int]] = {}
-    fused = False
-    for name in block.tensors:
-        role = roles[name]
-        if isinstance(role, ExpertTensor):
-            parts.setdefault(role.part, set()).add(role.expert)
-        elif name.startswith(block.expert_prefix):
-            fused = True
-    for part, ids in parts.items():
-        if len(ids) != experts:
-            lost = min(set(range(experts)) - ids)
+    def _is_routed(self, rest: str) -> bool:
+        """True for a tensor that only a MoE block holds."""
+        family = self.family
+        numbered = bool(family.expert) and re.match(rf"{re.escape(family.expert)}\.\d+\.", rest) is not None
+        patterns = (*(pattern for pattern, _ in family.sliced), *family.flattened)
+        return numbered or any(fnmatchcase(rest, pattern) for pattern in patterns)
+
+    def _role(self, tensor: TensorInfo, prefix: str, rest: str) -> Role:
+        family, experts = self.family, self.experts
+        head, _, below = rest.partition(f"{family.expert}.") if family.expert else (rest, "", "")
+        number, _, part = below.partition(".")
+        if not head and number.isdecimal() and part:
+            if int(number) >= experts + self.tail:
+                raise ConfigConflictError(f"{tensor.name}: expert {number}, but the config counts {experts} experts")
+            return ExpertTensor(prefix, int(number), part)
+        for pattern, axis in ((self.router, 0), *family.sliced):
+            if fnmatchcase(rest, pattern):
+                return self._sliced(tensor, prefix, axis)
+        if any(fnmatchcase(rest, pattern) for pattern in family.flattened):
+            if not tensor.shape or tensor.shape[0] % experts:
+                raise ConfigConflictError(
+                    f"{tensor.name}: shape {list(tensor.shape)}, expected a multiple of {experts} experts on axis 0"
+                )
+            return Sliced(prefix, 0, tensor.shape[0] // experts)
+        if family.hash_table and fnmatchcase(rest, family.hash_table):
+            return Remapped(prefix)
+        whole = any(fnmatchcase(rest, pattern) for pattern in family.whole)
+        if whole or not {experts, experts + self.tail} & {*tensor.shape}:
+            return WHOLE
+        raise UnknownTensorError(
+            f"{tensor.name}: shape {list(tensor.shape)} has an axis as long as the {experts} experts "
+            f"and no rule of family {family.model_type} explains it",
+            "if it has one entry per expert, add it to the family's row; see CONTRIBUTING.md, 'Add a family'",
+        )
+
+    def _sliced(self, tensor: TensorInfo, prefix: str, axis: int) -> Sliced:
+        length = tensor.shape[axis] if axis < len(tensor.shape) else -1
+        if length not in (self.experts, self.experts + self.tail):
             raise ConfigConflictError(
-                f"{block.expert_prefix}{lost}.{part} is missing: found {len(ids)} of {experts} experts"
+                f"{tensor.name}: shape {list(tensor.shape)}, "
+                f"expected the config's {self.experts} experts on axis {axis}"
             )
-    if not parts and not fused:
-        raise ConfigConflictError(f"block {block.prefix} has a router but no experts")
+        return Sliced(prefix, axis, tail=length - self.experts)
+
+    def _check_block(self, block: MoeBlock, roles: Mapping[str, Role]) -> None:
+        parts: dict[str, set[int]] = {}
+        fused = False
+        for name in block.tensors:
+            role = roles[name]
+            if isinstance(role, ExpertTensor) and role.expert < self.experts:
+                parts.setdefault(role.part, set()).add(role.expert)
+            elif isinstance(role, Sliced):
+                fused |= role.unit > 1 or len(self.checkpoint.tensors[name].shape) > 2
+        for part, ids in parts.items():
+            if len(ids) != self.experts:
+                lost = min(set(range(self.experts)) - ids)
+                raise ConfigConflictError(
+                    f"{block.expert_prefix}{lost}.{part} is missing: found {len(ids)} of {self.experts} experts"
+                )
+        if not parts and not fused:
+            raise ConfigConflictError(f"block {block.prefix} has a router but no experts")
 
 
-def _scope(config: Mapping[str, Any], family: Family) -> Mapping[str, Any]:
-    scope: Any = config
-    for key in family.root:
-        scope = scope.get(key)
-        if not isinstance(scope, dict):
-            raise ConfigConflictError(f"config.json: {'.'.join(family.root)} is missing or not an object")
-    return scope  # type: ignore[no-any-return]
+def _edited(found: Any, old: int, new: int) -> Any:
+    if isinstance(found, list):
+        return [_edited(entry, old, new) for entry in found]
+    return new if found == old and not isinstance(found, bool) else found
 
 
-def _number(scope: Mapping[str, Any], key: str) -> int:
-    value = scope.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigConflictError(f"config.json: {key} is {value!r}, expected a positive integer")
-    return value
+def in_tower(name: str) -> bool:
+    """True if a tensor or module belongs to a part that is no language model."""
+    return any(fnmatchcase(part, tower) for part in name.split(".")[:3] for tower in TOWERS)
 
 
-def _agreed(scope: Mapping[str, Any], keys: tuple[str, ...]) -> int:
-    present = {key: _number(scope, key) for key in keys if scope.get(key) is not None}
-    if not present:
-        raise ConfigConflictError(f"config.json: none of {', '.join(keys)} is set")
-    if len(set(present.values())) > 1:
-        raise ConfigConflictError(
-            "config.json: " + " but ".join(f"{key}={value}" for key, value in present.items()),
-            "make the aliases agree with the tensors",
-        )
-    return next(iter(present.values()))
-
-
-def _groups(scope: Mapping[str, Any], family: Family, experts: int) -> tuple[int, int]:
-    n_group = scope.get("n_group") or 1
-    if n_group == 1 or (family.grouped_if and scope.get(family.grouped_if[0]) != family.grouped_if[1]):
-        return 1, 1
-    topk_group = _number(scope, "topk_group")
-    if experts % _number(scope, "n_group") or topk_group > n_group:
-        raise ConfigConflictError(
-            f"config.json: {experts} experts in n_group={n_group} groups of which topk_group={topk_group} are used"
-        )
-    return n_group, topk_group
+def _is_mtp(name: str, layers: int, stacks: Collection[str] | None = None) -> bool:
+    """True if a tensor belongs to multi-token prediction: a stack of its own, or layers behind the last of `stacks`."""
+    if in_tower(name):
+        return False
+    if any(part == "mtp" or part.startswith("mtp_") for part in name.split(".")[:3]):
+        return True
+    place = _LAYER.match(name)
+    if place is None or int(place["layer"]) < layers:
+        return False
+    return stacks is None or place["stack"] in stacks

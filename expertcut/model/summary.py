@@ -81,7 +81,12 @@ def max_positions(checkpoint: Checkpoint, geometry: Geometry) -> int | None:
     return found if isinstance(found, int) and found > 0 else None
 
 
-def nbytes_with(checkpoint: Checkpoint, geometry: Geometry, experts: int) -> int:
-    """Return the bytes of tensor data that are left with `experts` experts in every block."""
-    per_expert = sum(geometry.expert_nbytes(checkpoint, prefix) for prefix in geometry.blocks)
-    return checkpoint.nbytes - (geometry.num_experts - experts) * per_expert
+def nbytes_with(checkpoint: Checkpoint, geometry: Geometry, experts: int, mtp: bool = True) -> int:
+    """Return the bytes of tensor data that are left with `experts` experts in every block.
+
+    Without `mtp` all that belongs to multi-token prediction goes.
+    """
+    blocks = geometry.blocks.values() if mtp else geometry.trunk
+    per_expert = sum(geometry.expert_nbytes(checkpoint, block.prefix) for block in blocks)
+    gone = 0 if mtp else sum(checkpoint.tensors[name].nbytes for name in geometry.mtp_tensors)
+    return checkpoint.nbytes - gone - (geometry.num_experts - experts) * per_expert

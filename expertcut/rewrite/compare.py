@@ -7,7 +7,7 @@ are compared buffer by buffer, tensors of short parts in pieces.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -17,9 +17,10 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from expertcut.checkpoint import Checkpoint, TensorInfo
+from expertcut.checkpoint import Checkpoint, TensorInfo, read_array
 from expertcut.errors import CheckpointError
-from expertcut.model import ExpertTensor, Geometry, Sliced
+from expertcut.model import ExpertTensor, Geometry, Remapped, Sliced
+from expertcut.model.hashing import StandIns, remap, stand_ins, table_of_ids
 
 BUFFER = 256 * 2**10
 PIECE = 8 * 2**20
@@ -37,8 +38,10 @@ class Survivor:
     source: TensorInfo
     shape: tuple[int, ...]
     kept: Sequence[int] | None = None
-    """For a sliced tensor the kept experts; otherwise all bytes must be equal."""
+    """For a sliced tensor the kept rows, in units of an expert's; otherwise all bytes must be equal."""
     axis: int = 0
+    remap: StandIns | None = None
+    """For a table of expert ids: who takes over from whom."""
 
     @property
     def nbytes(self) -> int:
@@ -47,19 +50,31 @@ class Survivor:
         return self.source.nbytes * prod(self.shape) // size if size else 0
 
 
-def survivors(source: Checkpoint, geometry: Geometry, kept: Mapping[str, Sequence[int]]) -> Iterator[Survivor]:
-    """Yield what the kept experts leave of the source, in source order."""
+def survivors(
+    source: Checkpoint, geometry: Geometry, kept: Mapping[str, Sequence[int]], top_k: int | None = None,
+    dropped: Collection[str] = (),
+) -> Iterator[Survivor]:  # fmt: skip
+    """Yield what the kept experts leave of the source, in source order; `top_k` is the new one, None for the source's.
+
+    `dropped` names tensors that go altogether.
+    """
+    tail = tuple(range(geometry.num_experts, geometry.num_experts + geometry.tail))
     for name, role in geometry.roles.items():
         old = source.tensors[name]
+        if name in dropped:
+            continue
         if isinstance(role, ExpertTensor):
-            ids = kept[role.block]
+            ids = (*kept[role.block], *tail)
             if role.expert in ids:
                 new = f"{geometry.blocks[role.block].expert_prefix}{ids.index(role.expert)}.{role.part}"
                 yield Survivor(new, old, old.shape)
         elif isinstance(role, Sliced):
-            ids, axis = kept[role.block], role.axis
+            ids, axis = (*kept[role.block], *tail[: role.tail]), role.axis
             shape = (*old.shape[:axis], len(ids) * role.unit, *old.shape[axis + 1 :])
             yield Survivor(name, old, shape, ids, axis)
+        elif isinstance(role, Remapped):
+            who = stand_ins(read_array(source, geometry.blocks[role.block].router), kept[role.block])
+            yield Survivor(name, old, (old.shape[0], min(top_k or geometry.top_k, *old.shape[1:])), remap=who)
         else:
             yield Survivor(name, old, old.shape)
 
@@ -110,8 +125,20 @@ def changed_files(ckpt: Checkpoint, source: Checkpoint, names: Sequence[str]) ->
                 yield f"{path}: {'differs from the source' if path.is_file() else 'missing'}"
 
 
+def wrong_files(ckpt: Checkpoint, expected: Mapping[str, bytes]) -> Iterator[str]:
+    """Yield companions that do not hold what they must."""
+    for name, data in expected.items():
+        path = ckpt.path / name
+        if not path.is_file() or path.read_bytes() != data:
+            yield f"{path}: {'is not what the plan makes of it' if path.is_file() else 'missing'}"
+
+
 def _equal(survivor: Survivor, found: TensorInfo, old: _Reader, new: _Reader) -> bool:
     source, axis = survivor.source, survivor.axis
+    if survivor.remap is not None:
+        before = table_of_ids(old.read(source.shard, source.start, source.nbytes).tobytes(), source)
+        after = table_of_ids(new.read(found.shard, found.start, found.nbytes).tobytes(), found)
+        return np.array_equal(remap(before, survivor.remap, survivor.shape[1]), after)
     if survivor.kept is None or not found.nbytes:
         return _ranges_equal(old, source.shard, source.start, new, found.shard, found.start, found.nbytes)
     slabs, count = prod(source.shape[:axis]), len(survivor.kept)

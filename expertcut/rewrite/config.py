@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
-import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from expertcut.checkpoint import Checkpoint
-from expertcut.errors import ConfigConflictError
-from expertcut.model import Edit, Geometry
+from expertcut.model import Edit
 
 ABSENT = "(absent)"
 
@@ -44,30 +41,7 @@ def differences(old: Any, new: Any, path: tuple[str, ...] = ()) -> Iterator[Edit
         yield Edit(path, old, new)
 
 
-def check_quantization(ckpt: Checkpoint, geometry: Geometry) -> None:
-    """Refuse a `quantization_config` that names routed experts by number: renumbering would make it lie.
-
-    Raises:
-        ConfigConflictError: naming the entry.
-    """
-    numbered = re.compile(rf"(?:^|[.\\]){re.escape(geometry.family.expert)}\\?\.\d")
-    for key in ("quantization_config", "compression_config"):
-        for scope in (ckpt.config, *(ckpt.config.get(root) or {} for root in geometry.family.root)):
-            for text in _strings(scope.get(key)):
-                if numbered.search(text):
-                    raise ConfigConflictError(
-                        f"config.json: {key} names a single expert ({text!r}), whose number would change",
-                        "replace the entry by one that covers all experts",
-                    )
-
-
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for key, member in value.items():
-            yield key
-            yield from _strings(member)
-    elif isinstance(value, list):
-        for member in value:
-            yield from _strings(member)
+def describe(edit: Edit) -> str:
+    """One line for people: `num_experts 8 → 4`, and of lists and objects their numbers of entries."""
+    old, new = (f"{len(v)} entries" if isinstance(v, (list, dict)) else v for v in (edit.old, edit.new))
+    return f"{'.'.join(edit.path)} {old} → {new}"

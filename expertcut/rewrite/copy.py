@@ -19,6 +19,7 @@ from typing import Self
 import numpy as np
 
 from expertcut.errors import CheckpointError
+from expertcut.model.hashing import remap, table_of_ids
 from expertcut.rewrite.kernel import UNSUPPORTED, reserve
 from expertcut.rewrite.layout import Move, OutShard, OutTensor
 
@@ -198,7 +199,7 @@ def _append(root: Path, shard: OutShard, file: int, copier: Copier) -> Iterator[
             if isinstance(step, Move):
                 yield from _move(sources, step, file, at, copier)
             else:
-                yield from _gather(sources, step, file, at)
+                yield from (_gather if step.gather else _remap)(sources, step, file, at)
             at += step.nbytes
 
 
@@ -225,6 +226,16 @@ def _gather(sources: _Sources, tensor: OutTensor, file: int, at: int) -> Iterato
         write_all(file, kept.data.cast("B"), at)
         at += kept.nbytes
         yield kept.nbytes
+
+
+def _remap(sources: _Sources, tensor: OutTensor, file: int, at: int) -> Iterator[int]:
+    """Read a table of expert ids, and write it with those of the new experts."""
+    assert tensor.remap
+    raw = sources.read(tensor.source.shard, tensor.source.start, tensor.source.nbytes)
+    old = table_of_ids(raw, tensor.source)
+    new = np.ascontiguousarray(remap(old, tensor.remap, tensor.shape[1]))
+    write_all(file, new.data.cast("B"), at)
+    yield new.nbytes
 
 
 class _Sources:

@@ -1,4 +1,5 @@
-"""Headers, geometry and plan in; every byte of the new shards accounted for. Pure: nothing is read, nothing written.
+"""Headers, geometry and plan in; every byte of the new shards accounted for. Nothing is written, and of the tensors
+nothing read but the routers of layers that route by token id.
 
 Invariant: kept experts are renumbered 0..E'-1, and each output tensor is a list of byte ranges of its source tensor.
 Where neighbours in an output shard were neighbours in a source shard, their ranges join into one long copy.
@@ -8,18 +9,20 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from expertcut.checkpoint import DTYPE_BITS, Checkpoint, TensorInfo, build_header
+from expertcut.checkpoint import DTYPE_BITS, Checkpoint, TensorInfo, build_header, load_json, read_array
 from expertcut.checkpoint.local import INDEX, SINGLE
-from expertcut.choose.plan import Plan, kept_by_block, validate
+from expertcut.choose.plan import Plan, dropped_tensors, kept_by_block, validate
 from expertcut.errors import CheckpointError, UsageError
-from expertcut.model import Edit, ExpertTensor, Geometry, Sliced
-from expertcut.rewrite.config import check_quantization, edit_config
+from expertcut.model import Edit, ExpertTensor, Geometry, Remapped, Sliced
+from expertcut.model.hashing import StandIns, stand_ins
+from expertcut.rewrite.config import config_bytes, edit_config
+from expertcut.rewrite.quantization import COMPANIONS, quantization_edits, rewrite_document
 
 MAX_SHARD_SIZE = 5 * 10**9
 """Bytes of tensor data per shard unless asked otherwise; what transformers calls 5GB."""
@@ -55,11 +58,13 @@ class OutTensor:
     nbytes: int
     gather: Gather | None = None
     """None: all bytes of the source tensor."""
+    remap: StandIns | None = None
+    """For a table of expert ids: who takes over from whom."""
 
     @property
     def in_memory(self) -> bool:
         """True if the tensor passes through memory instead of being copied by the kernel."""
-        return self.gather is not None and self.gather.short
+        return self.remap is not None or (self.gather is not None and self.gather.short)
 
     def ranges(self) -> Iterator[tuple[int, int]]:
         """Byte ranges of the source shard, as (offset, bytes), in order."""
@@ -127,6 +132,8 @@ class Layout:
     edits: tuple[Edit, ...]
     companions: Mapping[str, int]
     """Files copied as they are, with their bytes."""
+    documents: Mapping[str, bytes]
+    """Contents of companions that name single experts, rewritten like the config."""
     experts: int
     top_k: int
 
@@ -144,7 +151,8 @@ class Layout:
     def files(self) -> dict[str, int]:
         """Names and bytes of shards, index and companions."""
         shards = {shard.name: shard.nbytes for shard in self.shards}
-        return shards | ({INDEX: len(self.index)} if self.index else {}) | dict(self.companions)
+        documents = {name: len(data) for name, data in self.documents.items()}
+        return shards | ({INDEX: len(self.index)} if self.index else {}) | dict(self.companions) | documents
 
 
 def plan_layout(ckpt: Checkpoint, geometry: Geometry, plan: Plan, max_shard_size: int = MAX_SHARD_SIZE) -> Layout:
@@ -153,38 +161,79 @@ def plan_layout(ckpt: Checkpoint, geometry: Geometry, plan: Plan, max_shard_size
     Raises:
         PlanError: the plan cannot be carried out on this geometry.
         CheckpointError: a tensor cannot be cut at byte borders, a companion is gone, or the quantization config names
-            single experts.
+            single experts in a way that cannot be rewritten exactly.
         UsageError: `max_shard_size` is not positive.
     """
     if max_shard_size < 1:
         raise UsageError(f"--max-shard-size {max_shard_size}: expected a positive number of bytes")
     validate(plan, geometry)
-    check_quantization(ckpt, geometry)
-    experts, top_k = plan.experts, plan.top_k(geometry)
-    edits = tuple(geometry.config_edits(ckpt.config, experts, top_k))
-    groups = list(pack(out_tensors(ckpt, geometry, kept_by_block(plan, geometry)), max_shard_size))
+    kept, edits = kept_by_block(plan, geometry), config_edits(ckpt, geometry, plan)
+    tensors = out_tensors(ckpt, geometry, kept, plan.top_k(geometry), dropped_tensors(plan, geometry))
+    groups = list(pack(tensors, max_shard_size))
     shards = tuple(_shard(_shard_name(i, len(groups)), group) for i, group in enumerate(groups))
+    documents = rewritten_companions(ckpt, geometry, kept)
+    companions = {name: size for name, size in _companions(ckpt).items() if name not in documents}
     return Layout(
-        shards, _index(shards), edit_config(ckpt.config, edits), edits, _companions(ckpt), experts, top_k
+        shards, _index(shards), edit_config(ckpt.config, edits), edits, companions, documents, plan.experts,
+        plan.top_k(geometry),
     )  # fmt: skip
 
 
-def out_tensors(ckpt: Checkpoint, geometry: Geometry, kept: Mapping[str, Sequence[int]]) -> Iterator[OutTensor]:
-    """Yield the tensors of the new checkpoint in source order; `kept` holds the kept ids of every block.
+def config_edits(ckpt: Checkpoint, geometry: Geometry, plan: Plan) -> tuple[Edit, ...]:
+    """Return every value of `config.json` that a plan changes.
 
     Raises:
-        CheckpointError: a tensor cannot be cut at byte borders.
+        ConfigConflictError: an entry of the quantization config cannot be rewritten exactly.
     """
-    renumber = {prefix: {old: new for new, old in enumerate(ids)} for prefix, ids in kept.items()}
+    owned = geometry.config_edits(ckpt.config, plan.experts, plan.top_k(geometry))
+    announced = geometry.mtp_edits(ckpt.config) if plan.mtp == "drop" else []
+    return (*owned, *announced, *quantization_edits(ckpt.config, geometry, kept_by_block(plan, geometry)))
+
+
+def rewritten_companions(
+    ckpt: Checkpoint, geometry: Geometry, kept: Mapping[str, Sequence[int]]
+) -> dict[str, bytes]:  # fmt: skip
+    """Return the companions that repeat the quantization config and name single experts, as they must become.
+
+    Raises:
+        CheckpointError: such a file is no valid JSON, or an entry cannot be rewritten exactly.
+    """
+    found = {}
+    for name in set(COMPANIONS) & set(ckpt.companions):
+        old = load_json(ckpt.path / name)
+        new = rewrite_document(old, name, geometry, kept)
+        if json.dumps(new) != json.dumps(old):
+            found[name] = config_bytes(new)
+    return found
+
+
+def out_tensors(
+    ckpt: Checkpoint, geometry: Geometry, kept: Mapping[str, Sequence[int]], top_k: int | None = None,
+    dropped: Collection[str] = (),
+) -> Iterator[OutTensor]:  # fmt: skip
+    """Yield the tensors of the new checkpoint in source order; `kept` holds the kept ids of every block.
+
+    `top_k` is the new one, None for the source's; `dropped` names tensors that go altogether.
+
+    Raises:
+        CheckpointError: a tensor cannot be cut at byte borders, or a table of expert ids is none.
+    """
+    tail = range(geometry.num_experts, geometry.num_experts + geometry.tail)
+    renumber = {prefix: {old: new for new, old in enumerate((*ids, *tail))} for prefix, ids in kept.items()}
     for name, role in geometry.roles.items():
         source = ckpt.tensors[name]
+        if name in dropped:
+            continue
         if isinstance(role, ExpertTensor):
             new = renumber[role.block].get(role.expert)
             if new is not None:
                 prefix = geometry.blocks[role.block].expert_prefix
                 yield OutTensor(f"{prefix}{new}.{role.part}", source, source.shape, source.nbytes)
         elif isinstance(role, Sliced):
-            yield _sliced(source, role, kept[role.block])
+            yield _sliced(source, role, (*kept[role.block], *tail[: role.tail]))
+        elif isinstance(role, Remapped):
+            router = read_array(ckpt, geometry.blocks[role.block].router)
+            yield _remapped(source, stand_ins(router, kept[role.block]), top_k or geometry.top_k)
         else:
             yield OutTensor(name, source, source.shape, source.nbytes)
 
@@ -215,6 +264,15 @@ def _sliced(source: TensorInfo, role: Sliced, kept: Sequence[int]) -> OutTensor:
     whole = runs == ((0, stride),)
     gather = None if whole or not stride else Gather(slabs, stride, runs)
     return OutTensor(source.name, source, tuple(shape), slabs * len(kept) * part, gather)
+
+
+def _remapped(source: TensorInfo, who: StandIns, top_k: int) -> OutTensor:
+    if len(source.shape) != 2 or source.dtype not in ("I32", "I64", "U32", "U64"):
+        raise CheckpointError(
+            f"{source.shard}: tensor {source.name} is {source.dtype} {list(source.shape)}, expected a table of integers"
+        )
+    shape = (source.shape[0], min(top_k, source.shape[1]))
+    return OutTensor(source.name, source, shape, prod(shape) * DTYPE_BITS[source.dtype] // 8, remap=who)
 
 
 def _runs(kept: Sequence[int], part: int) -> Runs:

@@ -13,13 +13,13 @@ from pathlib import Path
 
 from expertcut.checkpoint import DTYPE_BITS, Checkpoint, load_json, open_checkpoint, read_header
 from expertcut.checkpoint.local import INDEX, SINGLE
-from expertcut.choose.plan import kept_by_block, reachable, validate
+from expertcut.choose.plan import Plan, dropped_tensors, kept_by_block, reachable, validate
 from expertcut.errors import CheckpointError, PlanError, VerifyError
 from expertcut.model import Geometry, check_fingerprint, read_geometry
-from expertcut.rewrite.compare import changed_files, changed_tensors, survivors, wrong_tensors
-from expertcut.rewrite.config import differences, edit_config
+from expertcut.rewrite.compare import Survivor, changed_files, changed_tensors, survivors, wrong_files, wrong_tensors
+from expertcut.rewrite.config import describe, differences, edit_config
 from expertcut.rewrite.destination import partial_folder
-from expertcut.rewrite.layout import RECORD
+from expertcut.rewrite.layout import RECORD, config_edits, rewritten_companions
 from expertcut.rewrite.record import Record
 
 SHOWN = 5
@@ -85,14 +85,24 @@ def verify_bytes(out: str | Path | Checkpoint, source: Checkpoint) -> list[Check
     geometry = read_geometry(source)
     try:
         ckpt = out if isinstance(out, Checkpoint) else open_checkpoint(out)
-        expected = list(survivors(source, geometry, kept_by_block(Record.load(ckpt.path).plan, geometry)))
+        plan = Record.load(ckpt.path).plan
+        kept = kept_by_block(plan, geometry)
+        expected = list(_survivors(source, geometry, plan))
+        documents = rewritten_companions(source, geometry, kept)
     except (CheckpointError, PlanError) as error:
         return [Check("tensor bytes", False, error.message)]
-    files = [name for name in source.companions if name != RECORD]
+    files = [name for name in source.companions if name != RECORD and name not in documents]
+    companions = [*changed_files(ckpt, source, files), *wrong_files(ckpt, documents)]
+    rewritten = f", {len(documents)} rewritten" if documents else ""
     return [
         _check("tensor bytes", changed_tensors(ckpt, source, expected), f"{ckpt.nbytes} bytes equal the source's"),
-        _check("companions", changed_files(ckpt, source, files), f"{len(files)} files equal the source's"),
+        _check("companions", companions, f"{len(files)} files equal the source's{rewritten}"),
     ]
+
+
+def _survivors(source: Checkpoint, geometry: Geometry, plan: Plan) -> Iterator[Survivor]:
+    kept, dropped = kept_by_block(plan, geometry), dropped_tensors(plan, geometry)
+    return survivors(source, geometry, kept, plan.top_k(geometry), dropped)
 
 
 def _check(name: str, findings: Iterable[str], passed: str) -> Check:
@@ -158,16 +168,16 @@ def _against(source: Checkpoint, ckpt: Checkpoint, record: Record) -> list[Check
         check_fingerprint(record.plan.source.fingerprint, source, geometry)
     except PlanError as error:
         return [Check("plan", False, f"{ckpt.path / RECORD}: {error.message}")]
-    expected = list(survivors(source, geometry, kept_by_block(record.plan, geometry)))
-    edits = geometry.config_edits(source.config, record.plan.experts, record.plan.top_k(geometry))
+    expected = list(_survivors(source, geometry, record.plan))
+    edits = config_edits(source, geometry, record.plan)
     config = (
         f"{ckpt.path / 'config.json'}: {'.'.join(d.path)} is {d.new!r}, expected {d.old!r}"
         for d in differences(edit_config(source.config, edits), ckpt.config)
     )
-    changed = ", ".join(f"{'.'.join(edit.path)} {edit.old} → {edit.new}" for edit in edits) or "nothing"
+    changed = ", ".join(map(describe, edits)) or "nothing"
     survived = f"{len(expected)} of {len(source.tensors)} survive, in the source's dtypes and shapes"
     return [
         Check("plan", True, f"fits {source.name}, which it was made for"),
         _check("tensors", wrong_tensors(ckpt, expected), survived),
-        _check("config", config, f"changed: {changed}; all else as in the source, quantization_config included"),
+        _check("config", config, f"changed: {changed}; all else as in the source"),
     ]

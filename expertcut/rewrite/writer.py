@@ -216,6 +216,8 @@ class Job:
         for name, nbytes in self.layout.companions.items():
             (self.made / name).parent.mkdir(parents=True, exist_ok=True)
             copy_file(self.ckpt.path, name, nbytes, self.made / name)
+        for name, data in self.layout.documents.items():
+            write_file(self.made / name, data)
         write_file(self.made / RECORD, self.record)
         if self.layout.index:
             write_file(self.made / INDEX, self.layout.index)

@@ -166,13 +166,6 @@ def test_missing_and_misshapen_tensors_are_named(tmp_path: Path) -> None:
         assert all(word in caught.value.message for word in words), caught.value.message
 
 
-def test_quantised_checkpoints_are_refused_with_a_way_out(tmp_path: Path) -> None:
-    folder = write_tiny(tmp_path / "model", "qwen3_moe", quantization_config={"quant_method": "fp8"})
-    with pytest.raises(CheckpointError, match="quantised") as caught:
-        stream(folder)
-    assert caught.value.hint
-
-
 def test_shard_that_changes_after_opening(tmp_path: Path) -> None:
     folder = write_tiny(tmp_path / "model", "qwen3_moe")
     layers = stream(folder)

@@ -130,7 +130,7 @@ ONE = "model.layers.1.mlp"
         (change(1.5, "layers", ONE, "gian"), f'$.layers["{ONE}"].gian: Extra inputs are not permitted, found 1.5'),
         (change({}, "layers"), "$.layers: Dictionary should have at least 1 item"),
         (change("split", "groups"), "$.groups: Input should be 'keep', found \"split\""),
-        (change("drop", "mtp"), "$.mtp: Input should be 'lockstep'"),
+        (change("keep", "mtp"), "$.mtp: Input should be 'lockstep' or 'drop'"),
         (change(None, "provenance"), "$.provenance: Input should be a valid dictionary, found null"),
         (change(1, "a\nb"), '$["a\\nb"]: Extra inputs are not permitted, found 1'),
     ],

@@ -65,6 +65,11 @@ def test_config_conflicts(config: dict[str, Any], words: tuple[str, ...]) -> Non
     assert "\n" not in caught.value.message
 
 
+@pytest.mark.parametrize("n_group", [None, 0, 1, ...])
+def test_no_groups_said_in_several_ways(n_group: object) -> None:
+    assert read_geometry(checkpoint(n_group=n_group, topk_group=None)).n_group == 1
+
+
 @pytest.mark.parametrize(
     ("without", "name"),
     [
@@ -85,8 +90,8 @@ def test_expert_beyond_the_count() -> None:
 
 
 def test_family_without_a_row() -> None:
-    with pytest.raises(UnknownTensorError, match="'dbrx'") as caught:
-        read_geometry(checkpoint(model_type="dbrx"))
+    with pytest.raises(UnknownTensorError, match="'dense'") as caught:
+        read_geometry(checkpoint(model_type="dense"))
     assert "qwen3_moe" in caught.value.message  # the known ones are named
 
 
@@ -134,5 +139,8 @@ def test_absolute_layers_and_mtp_by_number() -> None:
 
 
 def test_nested_config_must_be_there() -> None:
-    with pytest.raises(ConfigConflictError, match="text_config"):
+    """With the counts at the top the config is of another kind, such as a text-only one; without any it is broken."""
+    with pytest.raises(ConfigConflictError, match="none of num_experts, num_local_experts is set"):
         read_geometry(checkpoint(model_type="qwen3_vl_moe"))
+    with pytest.raises(ConfigConflictError, match="ffn_config is missing"):
+        read_geometry(checkpoint(model_type="dbrx"))

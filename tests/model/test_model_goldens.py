@@ -6,6 +6,7 @@ from functools import cache
 import pytest
 from golden_names import GOLDENS, Golden, expand, template
 from tiny_models import TINY, read_tensors, tiny_model
+from tiny_types import SUPPORTED
 
 from expertcut.model import FAMILIES, ExpertTensor, Geometry, Sliced, Whole, geometry_hash, read_geometry
 
@@ -117,7 +118,9 @@ def test_expert_bytes_count_its_rows() -> None:
 
 def test_every_row_of_the_table_has_a_tiny_checkpoint() -> None:
     """All laws run over the tiny checkpoints, so that a row without one would be a row without tests."""
-    assert {tiny.family for tiny in TINY.values()} == {family.model_type for family in FAMILIES}
+    made = {tiny.family for tiny in TINY.values()} | set(SUPPORTED)
+    rows = {family.model_type for family in FAMILIES if not made & {family.model_type, *family.aliases}}
+    assert rows == {"bailing_moe"}  # its code is on the Hub only; see test_model_types
 
 
 @pytest.mark.parametrize("name", [name for name, tiny in TINY.items() if tiny.golden])

@@ -105,24 +105,6 @@ def test_a_planted_expert_sized_tensor_stops_the_run(tmp_path: Path) -> None:
     assert listing(tmp_path) == ["in"]
 
 
-def test_single_experts_in_the_quantization_config_stop_the_run(tmp_path: Path) -> None:
-    model = qwen3()
-    model.config["quantization_config"] = {"ignore": ["lm_head", "model.layers.0.mlp.experts.5.up_proj"]}
-    ckpt, geometry = opened(model.write(tmp_path / "in"))
-    with pytest.raises(CheckpointError, match=r"quantization_config .*experts\.5\.up_proj"):
-        prune(ckpt, geometry, half(ckpt, geometry), tmp_path / "out")
-    assert listing(tmp_path) == ["in"]
-
-
-@pytest.mark.parametrize("entry", ["re:.*experts\\..*", "mlp.gate", "re:.*mlp.experts.[0-9]+.up_proj"])
-def test_entries_for_all_experts_are_kept(entry: str, tmp_path: Path) -> None:
-    model = qwen3()
-    model.config["quantization_config"] = {"ignore": [entry]}
-    ckpt, geometry = opened(model.write(tmp_path / "in"))
-    prune(ckpt, geometry, half(ckpt, geometry), tmp_path / "out")
-    assert open_checkpoint(tmp_path / "out").config["quantization_config"] == {"ignore": [entry]}
-
-
 def test_companions_come_along_with_normal_permissions(tmp_path: Path) -> None:
     files = {"tokenizer.json": b"x" * 300_000, "code/deep/model.py": b"pass\n", "empty.txt": b""}
     files["expertcut.json"] = b"{}"
