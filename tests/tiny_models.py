@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -25,6 +26,7 @@ from transformers import AutoConfig
 
 from expertcut.calibrate.data import CalibrationSet
 from expertcut.calibrate.data import Sequence as TokenSequence
+from expertcut.calibrate.reader import TensorReader
 from expertcut.model import BY_TYPE
 
 VOCAB = 96
@@ -302,3 +304,16 @@ def messages() -> tuple[list[str], Callable[[str], None]]:
 
 def silent(*args: object) -> None:
     """Takes any progress, does nothing."""
+
+
+def counted_reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Count, from now on, how often each stored tensor is looked at."""
+    reads: Counter[str] = Counter()
+    view = TensorReader.view
+
+    def counted(self: TensorReader, name: str) -> torch.Tensor:
+        reads[name] += 1
+        return view(self, name)
+
+    monkeypatch.setattr(TensorReader, "view", counted)
+    return reads

@@ -86,6 +86,8 @@ class LayerStream:
         self.model = hf.build_model(self.config, dtype)
         self.loader = hf.WeightLoader(self.model, self.reader, dtype, device)
         self._language: Any = getattr(self.model, "thinker", self.model)
+        embeddings = self._language.get_input_embeddings()
+        self._embeddings = next(item for item in self.model.named_modules() if item[1] is embeddings)
         self.prefix, layers = find_layers(self.model)
         self._layers = list(layers)
         self._carried = _carried(self._layers[0])
@@ -181,9 +183,8 @@ class LayerStream:
 
     def _forward(self, batch: Batch, logits_to_keep: int | torch.Tensor) -> Any:
         mask = batch.mask
-        embeddings = self._language.get_input_embeddings()  # some models look where they are before they call them
-        name = next(name for name, module in self.model.named_modules() if module is embeddings)
-        self.loader.fill(embeddings, name, recurse=False)
+        name, embeddings = self._embeddings
+        self.loader.fill(embeddings, name, recurse=False)  # some models look where they are before they call them
         return self._language(
             input_ids=batch.ids.to(self.device),
             attention_mask=None if mask is None else mask.to(self.device),

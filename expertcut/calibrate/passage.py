@@ -6,7 +6,7 @@ because an observer's findings are committed only after the layer has run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -18,6 +18,10 @@ from expertcut.calibrate.transfer import fetch, park, settle
 from expertcut.errors import ExpertcutError
 
 Notify = Callable[[str], None]
+Advance = Callable[[int, int], None]
+"""Called with (layers done, layers in all)."""
+Tracks = Callable[[int, nn.Module], Iterable[nn.Module]]
+"""(layer number, the base's layer) → one layer per track."""
 
 
 class Passage:
@@ -96,6 +100,21 @@ class Passage:
             hidden[at : at + 1] = [hidden[at][:cut, : widths[0]].clone(), hidden[at][cut:, : widths[1]].clone()]
         for carried in self.carried:
             carried[at : at + 1] = [None, None]
+
+
+def run_through(
+    stream: LayerStream, batches: Sequence[Batch], count: int, tracks: Tracks, notify: Notify, advance: Advance
+) -> Passage:  # fmt: skip
+    """Take every micro-batch through all layers in `count` tracks; each layer is loaded once."""
+    passage = Passage(stream, batches, count, notify)
+    for index in range(len(stream)):
+        layer = stream.load(index)
+        stream.read_ahead(index + 1)
+        for track, module in enumerate(tracks(index, layer)):
+            passage.step(index, module, track)
+        stream.release(index)
+        advance(index + 1, len(stream))
+    return passage
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -10,7 +10,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from expertcut.calibrate.batches import batch_of, make_batches
 from expertcut.calibrate.data import CalibrationSet
 from expertcut.calibrate.executor import LayerStream, find_bias, find_experts, find_router
 from expertcut.calibrate.observer import Observer
-from expertcut.calibrate.passage import Notify, Passage
+from expertcut.calibrate.passage import Advance, Notify, Passage
 from expertcut.calibrate.profile import BlockRecord, DataRecord, Profile, ProfileMeta
 from expertcut.calibrate.sums import BlockSums
 from expertcut.calibrate.transfer import resolve_device, settle
@@ -36,8 +37,6 @@ from expertcut.errors import ProfileError, UsageError
 from expertcut.model import Geometry, fingerprint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-Advance = Callable[[int, int], None]
-"""Called with (layers done, layers in all)."""
 
 
 @dataclass(frozen=True)
@@ -83,29 +82,40 @@ def profile_model(
         ProfileError: sequences longer than the model's positions, or an unusable partial profile.
         CheckpointError: the model cannot be run.
     """
-    if warning := hf.check_version():
-        notify(warning)
-    device = resolve_device(options.device)
-    dtype = resolve_dtype(options.dtype, device, checkpoint)
-    meta = _meta(checkpoint, geometry, data, options, tokenizer, dtype)
-    stream = LayerStream(checkpoint, geometry, device=device, dtype=dtype, resident=options.resident)
-    try:
-        check_length(stream, data)
+    with open_stream(checkpoint, geometry, data, options, notify) as stream:
+        meta = _meta(checkpoint, geometry, data, options, tokenizer, stream.dtype)
         state = _State(out, meta, stream)
-        for _ in _pass(stream, geometry, data, options, state, notify, advance):
-            pass
-    finally:
-        stream.close()
+        _pass(stream, geometry, data, options, state, notify, advance)
     profile = Profile(meta, state.arrays)
     profile.save(out)
     state.remove()
     return profile
 
 
+@contextmanager
+def open_stream(
+    checkpoint: Checkpoint, geometry: Geometry, data: CalibrationSet, options: ProfileOptions, notify: Notify
+) -> Iterator[LayerStream]:
+    """Open a model for running `data` through it, and close it in the end.
+
+    Raises:
+        ProfileError: sequences longer than the model's positions.
+        CheckpointError: the model cannot be run.
+        UsageError: an unknown device or dtype.
+    """
+    if warning := hf.check_version():
+        notify(warning)
+    device = resolve_device(options.device)
+    dtype = resolve_dtype(options.dtype, device, checkpoint)
+    with closing(LayerStream(checkpoint, geometry, device=device, dtype=dtype, resident=options.resident)) as stream:
+        _check_length(stream, data)
+        yield stream
+
+
 def _pass(
     stream: LayerStream, geometry: Geometry, data: CalibrationSet, options: ProfileOptions, state: _State,
     notify: Notify, advance: Advance,
-) -> Iterator[int]:  # fmt: skip
+) -> None:  # fmt: skip
     sequences = [s.ids for s in data.sequences]
     domains = [data.domains.index(s.domain) for s in data.sequences]
     if state.rows is None:
@@ -138,7 +148,6 @@ def _pass(
         stream.release(index)
         state.save(index + 1, passage)
         advance(index + 1, last + 1)
-        yield index
 
 
 def _meta(
@@ -159,8 +168,7 @@ def _meta(
     )  # fmt: skip
 
 
-def check_length(stream: LayerStream, data: CalibrationSet) -> None:
-    """Raise ProfileError if a sequence is longer than the model has positions."""
+def _check_length(stream: LayerStream, data: CalibrationSet) -> None:
     limit = getattr(stream.config.get_text_config(), "max_position_embeddings", None)
     longest = max(len(s.ids) for s in data.sequences)
     if limit and longest > limit:

@@ -65,7 +65,9 @@ def make_plan(
     )  # fmt: skip
     named = parse_protect(protect, geometry)
     if profile is not None:
-        check_fingerprint(profile.meta.fingerprint, checkpoint, geometry, what="profile")
+        own = check_fingerprint(profile.meta.fingerprint, checkpoint, geometry, what="profile")
+    else:
+        own = fingerprint(checkpoint, geometry)
     supers = _super_experts(profile, geometry) if profile is not None and protect_super else {}
     protected = union(named, supers)
     layers = {}
@@ -77,7 +79,7 @@ def make_plan(
         )  # fmt: skip
         layers[block.prefix] = LayerPlan(layer=block.layer, kept=kept, top_k=None if top_k == geometry.top_k else top_k)
     plan = Plan(
-        source=Source(name=_text(checkpoint.name), fingerprint=fingerprint(checkpoint, geometry)),
+        source=Source(name=_text(checkpoint.name), fingerprint=own),
         layers=layers,
         provenance=_provenance(criterion, budget, named, supers, profile, domain_weights, seed, command),
     )

@@ -89,7 +89,6 @@ def prune(
 def _plan(checkpoint: Checkpoint, geometry: Geometry, path: Path | None, choice: Choice, command: str) -> Plan:
     from expertcut.choose.plan import Plan
     from expertcut.cli.planning import NO_CHOICE, build_plan
-    from expertcut.model import check_fingerprint
 
     if path is None:
         if choice == NO_CHOICE:
@@ -99,9 +98,7 @@ def _plan(checkpoint: Checkpoint, geometry: Geometry, path: Path | None, choice:
         return build_plan(checkpoint, geometry, choice, command)
     if choice != NO_CHOICE:
         raise UsageError("found --plan and options that make another plan", "give either")
-    plan = Plan.load(path)
-    check_fingerprint(plan.source.fingerprint, checkpoint, geometry)
-    return plan
+    return Plan.load(path)
 
 
 def _preview(

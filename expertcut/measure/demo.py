@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from expertcut.calibrate.data import CalibrationSet, load_calibration
+from expertcut.calibrate.passage import Notify
 from expertcut.calibrate.profile import Profile
 from expertcut.calibrate.run import ProfileOptions, profile_model
 from expertcut.calibrate.tokenizer import Tokenizer, load_tokenizer
@@ -41,8 +42,6 @@ MARK = ".expertcut-demo"
 COMMAND = "expertcut demo"
 
 _OPTIONS = ProfileOptions(device="cpu", resident=True)
-
-Notify = Callable[[str], None]
 
 
 @dataclass(frozen=True)

@@ -6,18 +6,16 @@ Shapes: B sequences, S positions, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
-from expertcut.calibrate import hf
 from expertcut.calibrate.batches import Batch, make_batches
 from expertcut.calibrate.data import CalibrationSet
-from expertcut.calibrate.executor import LayerStream
-from expertcut.calibrate.passage import Notify, Passage
-from expertcut.calibrate.run import Advance, ProfileOptions, check_length, resolve_dtype
-from expertcut.calibrate.transfer import resolve_device
+from expertcut.calibrate.passage import Advance, Notify, Passage, run_through
+from expertcut.calibrate.run import ProfileOptions, open_stream
 from expertcut.checkpoint.types import Checkpoint
 from expertcut.choose.plan import Plan, validate
 from expertcut.errors import DataError
@@ -66,37 +64,18 @@ def evaluate(
     for plan in plans.values():
         check_fingerprint(plan.source.fingerprint, checkpoint, geometry)
         validate(plan, geometry)
-    if warning := hf.check_version():
-        notify(warning)
-    device = resolve_device(options.device)
-    dtype = resolve_dtype(options.dtype, device, checkpoint)
-    stream = LayerStream(checkpoint, geometry, device=device, dtype=dtype, resident=options.resident)
-    try:
-        check_length(stream, data)
-        passage = run_through(stream, data, list(plans.values()), options, notify, advance)
+    with open_stream(checkpoint, geometry, data, options, notify) as stream:
+        variants = [Variant(stream, plan) for plan in plans.values()]
+        domains = [data.domains.index(s.domain) for s in data.sequences]
+        batches = make_batches([s.ids for s in data.sequences], domains, options.micro_tokens)
+
+        def tracks(index: int, layer: nn.Module) -> Iterator[nn.Module]:
+            yield layer
+            for variant in variants:
+                yield variant.layer(index, layer)
+
+        passage = run_through(stream, batches, 1 + len(variants), tracks, notify, advance)
         return [_loss(name, passage, track, data.domains) for track, name in enumerate((BASE, *plans))]
-    finally:
-        stream.close()
-
-
-def run_through(
-    stream: LayerStream, data: CalibrationSet, plans: list[Plan], options: ProfileOptions, notify: Notify,
-    advance: Advance,
-) -> Passage:  # fmt: skip
-    """Take the data through all layers: track 0 the base, then one track per plan. Each layer is loaded once."""
-    variants = [Variant(stream, plan) for plan in plans]
-    domains = [data.domains.index(s.domain) for s in data.sequences]
-    batches = make_batches([s.ids for s in data.sequences], domains, options.micro_tokens)
-    passage = Passage(stream, batches, 1 + len(variants), notify)
-    for index in range(len(stream)):
-        layer = stream.load(index)
-        stream.read_ahead(index + 1)
-        passage.step(index, layer)
-        for track, variant in enumerate(variants, 1):
-            passage.step(index, variant.layer(index, layer), track)
-        stream.release(index)
-        advance(index + 1, len(stream))
-    return passage
 
 
 def _loss(name: str, passage: Passage, track: int, domains: tuple[str, ...]) -> ModelLoss:

@@ -8,19 +8,18 @@ and the source under the plan with its routers' rows in reverse. Host memory: on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import closing
 from typing import Any
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from expertcut.calibrate.batches import Batch, make_batches
+from expertcut.calibrate.batches import make_batches
 from expertcut.calibrate.data import CalibrationSet
 from expertcut.calibrate.executor import LayerStream, find_bias, find_experts, find_matrix, find_router
-from expertcut.calibrate.passage import Notify, Passage
-from expertcut.calibrate.run import Advance
+from expertcut.calibrate.passage import Advance, Notify, Passage, run_through
 from expertcut.calibrate.transfer import resolve_device
 from expertcut.checkpoint.types import Checkpoint
 from expertcut.choose.plan import Plan, kept_by_block
@@ -36,9 +35,6 @@ tokens may differ by more.
 """
 _FAR_BELOW = -1e9
 _PRODUCTS = (nn.functional.linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
-
-Tracks = Callable[[int, nn.Module], Sequence[nn.Module]]
-"""(layer number, the base's layer) → one layer per track."""
 
 
 def verify_numeric(
@@ -57,13 +53,13 @@ def verify_numeric(
     sequences = [s.ids for s in data.sequences]
     batches = make_batches(sequences, [0] * len(sequences), micro_tokens)
 
-    def run(stream: LayerStream, tracks: Tracks) -> Passage:
-        return _through(stream, batches, tracks, notify, advance)
+    def stream(checkpoint: Checkpoint, own: Geometry) -> LayerStream:
+        return LayerStream(checkpoint, own, device=where, dtype=torch.float32)
 
-    with _stream(written, read_geometry(written), where) as new:
-        found = _table(run(new, lambda index, layer: [layer]))
+    with closing(stream(written, read_geometry(written))) as new:
+        found = _table(run_through(new, batches, 1, lambda index, layer: [layer], notify, advance))
     spread = float(torch.cat(list(found.values())).std()) or 1.0
-    with _stream(source, geometry, where) as old:
+    with closing(stream(source, geometry)) as old:
         variant, everything = Variant(old, plan), Variant(old, _all_kept(plan, geometry))
         kept = {geometry.blocks[prefix].layer: ids for prefix, ids in kept_by_block(plan, geometry).items()}
         uses = _Uses(geometry, kept)
@@ -76,7 +72,7 @@ def verify_numeric(
                 masked = _Masked(masked, geometry, kept[index], narrowed)
             return [layer, narrowed, masked, reverse]
 
-        passage = run(old, tracks)
+        passage = run_through(old, batches, 4, tracks, notify, advance)
         base, expected, masked, swapped = (_apart(found, passage, track) / spread for track in range(4))
     return _checks(base, expected, masked, swapped, uses.dropped > 0)
 
@@ -103,23 +99,6 @@ def _checks(
             f"apart by up to {float(swapped.max()):.2e}",
         ),
     ]  # fmt: skip
-
-
-def _through(
-    stream: LayerStream, batches: list[Batch], tracks: Tracks, notify: Notify, advance: Advance
-) -> Passage:  # fmt: skip
-    passage: Passage | None = None
-    for index in range(len(stream)):
-        layer = stream.load(index)
-        stream.read_ahead(index + 1)
-        layers = tracks(index, layer)
-        passage = passage or Passage(stream, batches, len(layers), notify)
-        for track, module in enumerate(layers):
-            passage.step(index, module, track)
-        stream.release(index)
-        advance(index + 1, len(stream))
-    assert passage is not None
-    return passage
 
 
 def _table(passage: Passage) -> dict[int, torch.Tensor]:
@@ -222,12 +201,3 @@ class _MaskLogits(TorchFunctionMode):
         if func in _PRODUCTS and args[1].data_ptr() == self.pointer:
             return out.masked_fill(self.dropped, float("-inf"))
         return out
-
-
-@contextmanager
-def _stream(checkpoint: Checkpoint, geometry: Geometry, device: torch.device) -> Iterator[LayerStream]:
-    stream = LayerStream(checkpoint, geometry, device=device, dtype=torch.float32)
-    try:
-        yield stream
-    finally:
-        stream.close()

@@ -18,6 +18,7 @@ from expertcut.calibrate.executor import LayerStream, find_experts, find_layers
 from expertcut.checkpoint import read_array
 from expertcut.choose.plan import Plan, kept_by_block
 from expertcut.model.hashing import remap, stand_ins
+from expertcut.rewrite.config import edit_config
 
 
 class _Renumbered(nn.Module):
@@ -46,12 +47,8 @@ class Variant:
         kept = kept_by_block(plan, geometry)
         self.kept = {block.layer: kept[block.prefix] for block in geometry.trunk}
         self.top_k, self._stream = plan.top_k(geometry), stream
-        raw = copy.deepcopy(stream.checkpoint.config)
-        for edit in geometry.config_edits(raw, plan.experts, plan.top_k(geometry)):
-            scope = raw
-            for key in edit.path[:-1]:
-                scope = scope[key]
-            scope[edit.path[-1]] = edit.new
+        config = stream.checkpoint.config
+        raw = edit_config(config, geometry.config_edits(config, plan.experts, self.top_k))
         self._layers = find_layers(hf.build_model(hf.config_like(stream.config, raw), stream.dtype))[1]
 
     def layer(self, index: int, base: nn.Module) -> nn.Module:

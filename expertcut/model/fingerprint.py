@@ -64,8 +64,10 @@ def fingerprint(checkpoint: Checkpoint, geometry: Geometry) -> Fingerprint:
     return Fingerprint(geometry=geometry_hash(geometry), sketch=sketch)
 
 
-def check_fingerprint(expected: Fingerprint, checkpoint: Checkpoint, geometry: Geometry, what: str = "plan") -> None:
-    """Compare a stored fingerprint with a checkpoint.
+def check_fingerprint(
+    expected: Fingerprint, checkpoint: Checkpoint, geometry: Geometry, what: str = "plan"
+) -> Fingerprint:
+    """Compare a stored fingerprint with a checkpoint, and return the checkpoint's own.
 
     Raises:
         PlanError: the geometry differs, or the routers of some layer do.
@@ -78,7 +80,8 @@ def check_fingerprint(expected: Fingerprint, checkpoint: Checkpoint, geometry: G
             f"{geometry.hidden}, {geometry.family.scoring} routers (compared: all of these, not the storage format)",
             f"make a {what} for this model, or pass the model it was made for",
         )
-    found = fingerprint(checkpoint, geometry).sketch
+    own = fingerprint(checkpoint, geometry)
+    found = own.sketch
     if [len(v) for v in expected.sketch.values()] != [SKETCH] * len(found):
         raise PlanError(f"the {what} is damaged: its fingerprint does not hold {SKETCH} numbers for each MoE layer")
     for old, new in zip(expected.sketch, found, strict=True):  # both in layer order
@@ -90,6 +93,7 @@ def check_fingerprint(expected: Fingerprint, checkpoint: Checkpoint, geometry: G
                 f"their dtype; distance {distance:.3f}, tolerance {TOLERANCE})",
                 f"make a {what} for this model",
             )
+    return own
 
 
 def _sketch(router: np.ndarray) -> tuple[float, ...]:

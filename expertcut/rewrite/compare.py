@@ -11,8 +11,6 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +19,7 @@ from expertcut.checkpoint import Checkpoint, TensorInfo, read_array
 from expertcut.errors import CheckpointError
 from expertcut.model import ExpertTensor, Geometry, Remapped, Sliced
 from expertcut.model.hashing import StandIns, remap, stand_ins, table_of_ids
+from expertcut.rewrite.files import Folder
 
 BUFFER = 256 * 2**10
 PIECE = 8 * 2**20
@@ -172,13 +171,11 @@ def _ranges_equal(old: _Reader, name: str, start: int, new: _Reader, other: str,
     return True
 
 
-class _Reader:
-    """Bytes of the files under a directory; one file is open at a time."""
+class _Reader(Folder):
+    """Bytes of a checkpoint's files."""
 
     def __init__(self, root: Path) -> None:
-        self._root = root
-        self._name = ""
-        self._file = -1
+        super().__init__(root)
         self._buffer: Bytes = np.empty(BUFFER, np.uint8)
 
     def buffered(self, name: str, offset: int, nbytes: int) -> Bytes:
@@ -189,29 +186,13 @@ class _Reader:
         return self._fill(name, offset, np.empty(nbytes, np.uint8))
 
     def _fill(self, name: str, offset: int, target: Bytes) -> Bytes:
-        path, done = self._root / name, 0
+        path, done, file = self.root / name, 0, self.open(name)
         try:
-            if name != self._name:
-                self.close()
-                self._file, self._name = os.open(path, os.O_RDONLY | os.O_CLOEXEC), name
             while done < target.nbytes:
-                got = os.preadv(self._file, [target[done:].data], offset + done)
+                got = os.preadv(file, [target[done:].data], offset + done)
                 if not got:
                     raise CheckpointError(f"{path}: ends at byte {offset + done}; it has changed since it was opened")
                 done += got
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
         return target
-
-    def close(self) -> None:
-        if self._file >= 0:
-            os.close(self._file)
-        self._file, self._name = -1, ""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

@@ -20,6 +20,7 @@ import numpy as np
 
 from expertcut.errors import CheckpointError
 from expertcut.model.hashing import remap, table_of_ids
+from expertcut.rewrite.files import Folder
 from expertcut.rewrite.kernel import UNSUPPORTED, reserve
 from expertcut.rewrite.layout import Move, OutShard, OutTensor
 
@@ -238,23 +239,8 @@ def _remap(sources: _Sources, tensor: OutTensor, file: int, at: int) -> Iterator
     yield new.nbytes
 
 
-class _Sources:
-    """The source shard that is being read; one is open at a time."""
-
-    def __init__(self, root: Path) -> None:
-        self._root = root
-        self._name = ""
-        self._file = -1
-
-    def open(self, shard: str) -> int:
-        if shard != self._name:
-            self.close()
-            try:
-                self._file = os.open(self._root / shard, os.O_RDONLY | os.O_CLOEXEC)
-            except OSError as error:
-                raise CheckpointError(f"{self._root / shard}: cannot be read: {error.strerror}") from None
-            self._name = shard
-        return self._file
+class _Sources(Folder):
+    """The source's shards."""
 
     def read(self, shard: str, offset: int, nbytes: int) -> bytearray:
         source, raw, done = self.open(shard), bytearray(nbytes), 0
@@ -267,22 +253,9 @@ class _Sources:
 
     def ended(self, shard: str, offset: int, missing: int) -> CheckpointError:
         return CheckpointError(
-            f"{self._root / shard}: ends at byte {offset}, {missing} more expected; it has changed since it was opened",
+            f"{self.root / shard}: ends at byte {offset}, {missing} more expected; it has changed since it was opened",
             "restore the source and run the same command again",
         )
-
-    def close(self) -> None:
-        if self._file >= 0:
-            os.close(self._file)
-        self._name, self._file = "", -1
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _sync_and_close(file: int, early: Future[None] | None) -> None:

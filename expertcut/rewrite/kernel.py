@@ -22,11 +22,7 @@ def reserve(file: int, nbytes: int) -> None:
     Raises:
         OSError: the disk, a quota or a limit does not allow that size.
     """
-    try:
-        _call("fallocate", file, 0, ctypes.c_int64(0), ctypes.c_int64(nbytes))
-    except OSError as error:
-        if error.errno not in UNSUPPORTED:
-            raise
+    _call("fallocate", file, 0, ctypes.c_int64(0), ctypes.c_int64(nbytes))
 
 
 def rename_new(old: Path, new: Path) -> None:
@@ -36,13 +32,9 @@ def rename_new(old: Path, new: Path) -> None:
         FileExistsError: `new` exists.
         OSError: anything else that stops a rename.
     """
-    try:
-        _call("renameat2", _HERE, os.fsencode(old), _HERE, os.fsencode(new), _NO_REPLACE)
-    except OSError as error:
-        if error.errno not in UNSUPPORTED:
-            raise
+    if not _call("renameat2", _HERE, os.fsencode(old), _HERE, os.fsencode(new), _NO_REPLACE):
         if os.path.lexists(new):
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(new)) from None
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(new))
         old.rename(new)
 
 
@@ -52,13 +44,7 @@ def exchange(one: Path, other: Path) -> bool:
     Raises:
         OSError: anything else that stops a rename.
     """
-    try:
-        _call("renameat2", _HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE)
-    except OSError as error:
-        if error.errno not in UNSUPPORTED:
-            raise
-        return False
-    return True
+    return _call("renameat2", _HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE)
 
 
 @cache
@@ -66,11 +52,15 @@ def _library() -> ctypes.CDLL:
     return ctypes.CDLL(None, use_errno=True)
 
 
-def _call(name: str, *arguments: Any) -> None:
+def _call(name: str, *arguments: Any) -> bool:
+    """Make a call of the C library; False where it is not supported, with nothing done."""
     function = getattr(_library(), name, None)
     if function is None:
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+        return False
     while function(*arguments) != 0:
         code = ctypes.get_errno()
+        if code in UNSUPPORTED:
+            return False
         if code != errno.EINTR:
             raise OSError(code, os.strerror(code))
+    return True

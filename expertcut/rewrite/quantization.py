@@ -9,7 +9,7 @@ its numbers are replaced where that is exact, or it is spelled out; entries for 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import translate
 from functools import cached_property
@@ -24,7 +24,6 @@ COMPANIONS = ("hf_quant_config.json", "quantize_config.json", "quantization_conf
 RELATIVE = "modules_in_block_to_quantize"
 """GPTQ's key whose entries name modules below a decoder layer, the same in every layer."""
 
-Matcher = Callable[[str], object]
 Entry = tuple[str, Any]
 """An entry and its value; the entries of a list have none."""
 
@@ -308,11 +307,6 @@ def _is_pattern(text: str) -> bool:
 
 def _looks_regex(text: str) -> bool:
     return text.startswith((".*", "^")) or any(c in text for c in "\\(|$")
-
-
-def _alike(literal: str, prefix: str) -> bool:
-    """True if one of the two begins with the other; a dot of the first may stand for any character."""
-    return all(a == b or a == "." for a, b in zip(literal, prefix, strict=False))
 
 
 def _is_blind(body: str, regex: bool) -> bool:

@@ -3,20 +3,18 @@
 import json
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from reference import load, logits, profile
-from tiny_models import NAMES, TINY, messages, read_tensors, tiny_model, tokens, write_shards, write_tiny
+from tiny_models import NAMES, TINY, counted_reads, messages, read_tensors, tiny_model, tokens, write_shards, write_tiny
 
 from expertcut.calibrate.batches import Batch, batch_of, make_batches
 from expertcut.calibrate.data import CalibrationSet
 from expertcut.calibrate.executor import LayerStream
 from expertcut.calibrate.passage import Passage, out_of_memory
 from expertcut.calibrate.profile import Profile
-from expertcut.calibrate.reader import TensorReader
 from expertcut.checkpoint import open_checkpoint
 from expertcut.errors import CheckpointError, ExpertcutError
 from expertcut.model import read_geometry
@@ -98,14 +96,7 @@ def test_logits_in_chunks(folder: Path) -> None:
 
 def test_every_tensor_is_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All of the language model's tensors, none of the vision tower's and of multi-token prediction, none twice."""
-    reads: Counter[str] = Counter()
-    view = TensorReader.view
-
-    def counted(self: TensorReader, name: str) -> torch.Tensor:
-        reads[name] += 1
-        return view(self, name)
-
-    monkeypatch.setattr(TensorReader, "view", counted)
+    reads = counted_reads(monkeypatch)
     layers = stream(folder)
     run(layers, batches(tokens((10, 10, 10)), 10))
     layers.close()

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import re
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ import pytest
 import torch
 from quantised_models import every_format, quantised_pair
 from reference import load, logits, profile
-from tiny_models import read_tensors, tokens, write_shards, write_tiny
+from tiny_models import counted_reads, read_tensors, tokens, write_shards, write_tiny
 
 from expertcut.calibrate import quantised
 from expertcut.calibrate.executor import LayerStream
@@ -100,14 +99,7 @@ def test_every_stored_tensor_is_read_once(
 ) -> None:
     """All parts of all tensors of the language model, and no part twice."""
     folder, _ = quantised_pair("INT4 asymmetric", tmp_path_factory)
-    reads: Counter[str] = Counter()
-    view = TensorReader.view
-
-    def counted(self: TensorReader, name: str) -> torch.Tensor:
-        reads[name] += 1
-        return view(self, name)
-
-    monkeypatch.setattr(TensorReader, "view", counted)
+    reads = counted_reads(monkeypatch)
     profile(folder, tokens((10, 10)), tmp_path / "profile")
     stored = set(open_checkpoint(folder).tensors)
     assert {n for n in stored if n.startswith("model.layers.")} <= set(reads)

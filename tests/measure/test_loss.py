@@ -1,15 +1,13 @@
 """Held-out loss: transformers' cross entropy, for a model and for plans, in one read of the weights."""
 
-from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from reference import load, logits
-from tiny_models import calibration, silent, tiny_model, tokens
+from tiny_models import calibration, counted_reads, silent, tiny_model, tokens
 
 from expertcut.calibrate.data import CalibrationSet, Sequence
-from expertcut.calibrate.reader import TensorReader
 from expertcut.calibrate.run import ProfileOptions
 from expertcut.checkpoint import open_checkpoint
 from expertcut.choose import Plan, make_plan
@@ -81,14 +79,7 @@ def test_plans_are_what_they_would_be_once_written(folder: Path, tmp_path: Path)
 
 
 def test_any_number_of_plans_costs_one_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    reads: Counter[str] = Counter()
-    view = TensorReader.view
-
-    def counted(self: TensorReader, name: str) -> torch.Tensor:
-        reads[name] += 1
-        return view(self, name)
-
-    monkeypatch.setattr(TensorReader, "view", counted)
+    reads = counted_reads(monkeypatch)
     run(folder, DATA, **{f"plan-{seed}": random_plan(folder, 6, seed=seed) for seed in range(3)})
     assert set(reads.values()) == {1}
 
