@@ -76,8 +76,7 @@ def profile_pass(model: str, tokens: str, dtype: str, options: run.ProfileOption
 
     def observed() -> None:
         state = run._State(out, meta, stream)
-        for _ in run._pass(stream, geometry, data, options, state, print, lambda done, total: None):
-            pass
+        run._pass(stream, geometry, data, options, state, print, lambda done, total: None)
 
     return observed
 

@@ -7,6 +7,7 @@ released. Memory: about one layer plus the hidden states. Each weight is read on
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import inspect
@@ -48,18 +49,24 @@ class Prepared:
     """One per layer."""
 
 
+class _Recorded(Exception):
+    """Ends a recording pass at the last layer: norm and head need not be loaded yet."""
+
+
 class _Recorder(nn.Module):
     """Stands in for a decoder layer: notes the call, passes the hidden states on (or hands out given ones)."""
 
-    def __init__(self, layer: nn.Module, carries: bool) -> None:
+    def __init__(self, layer: nn.Module, carries: bool, last: bool) -> None:
         super().__init__()
-        self.__dict__["_layer"], self.carries = layer, carries
+        self.__dict__["_layer"], self.carries, self.last = layer, carries, last
         self.call: Call | None = None
         self.entered: torch.Tensor | None = None
         self.output: torch.Tensor | None = None
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         self.entered, self.call = hidden_states, Call(args, kwargs)
+        if self.last and self.output is None:
+            raise _Recorded
         out = hidden_states if self.output is None else self.output
         return (out, None) if self.carries else out
 
@@ -91,7 +98,8 @@ class LayerStream:
         self.prefix, layers = find_layers(self.model)
         self._layers = list(layers)
         self._carried = _carried(self._layers[0])
-        self._recorders = [_Recorder(layer, self._carried is not None) for layer in self._layers]
+        carries, last = self._carried is not None, self._layers[-1]
+        self._recorders = [_Recorder(layer, carries, layer is last) for layer in self._layers]
         for i, recorder in enumerate(self._recorders):
             layers[i] = recorder
         self._loaded: dict[int, nn.Module] = {}
@@ -114,7 +122,8 @@ class LayerStream:
         """
         for recorder in self._recorders:
             recorder.call = recorder.entered = recorder.output = None
-        self._forward(batch, logits_to_keep=1)
+        with contextlib.suppress(_Recorded):
+            self._forward(batch, logits_to_keep=1)
         first = self._recorders[0].entered
         if first is None or any(r.call is None or r.entered is not first for r in self._recorders):
             raise CheckpointError(

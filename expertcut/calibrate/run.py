@@ -31,7 +31,7 @@ from expertcut.calibrate.observer import Observer
 from expertcut.calibrate.passage import Advance, Notify, Passage
 from expertcut.calibrate.profile import BlockRecord, DataRecord, Profile, ProfileMeta
 from expertcut.calibrate.sums import BlockSums
-from expertcut.calibrate.transfer import resolve_device, settle
+from expertcut.calibrate.transfer import bound_kernel_caches, resolve_device, settle
 from expertcut.checkpoint.types import Checkpoint
 from expertcut.errors import ProfileError, UsageError
 from expertcut.model import Geometry, fingerprint
@@ -48,7 +48,7 @@ class ProfileOptions:
     """auto: float32 on a CPU, the checkpoint's dtype elsewhere."""
     resident: bool = False
     """Keep every layer loaded; no resuming."""
-    micro_tokens: int = 4096
+    micro_tokens: int = 2048
     """Tokens of a micro-batch."""
     pair_domains: bool = False
     """Store the E×E matrices per domain."""
@@ -105,6 +105,7 @@ def open_stream(
     """
     if warning := hf.check_version():
         notify(warning)
+    bound_kernel_caches()
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.dtype, device, checkpoint)
     with closing(LayerStream(checkpoint, geometry, device=device, dtype=dtype, resident=options.resident)) as stream:

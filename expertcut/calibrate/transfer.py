@@ -5,9 +5,25 @@ On a CUDA device they wait in pinned host memory and travel asynchronously; else
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from expertcut.errors import UsageError
+
+
+KERNEL_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "8", "LRU_CACHE_CAPACITY": "8"}
+"""Settings of oneDNN's caches of compiled kernels, read at its first use."""
+
+
+def bound_kernel_caches() -> None:
+    """Let oneDNN keep few compiled kernels, unless the environment says otherwise.
+
+    Routing gives an expert another number of tokens each time: in bfloat16 on a CPU, a kernel is compiled for each and
+    kept, up to half a gigabyte, while the next batch hardly ever needs the same.
+    """
+    for name, value in KERNEL_CACHES.items():
+        os.environ.setdefault(name, value)
 
 
 def park(tensor: torch.Tensor) -> torch.Tensor:

@@ -38,7 +38,7 @@ def evaluate(
     device: Device = "auto",
     dtype: Dtype = "auto",
     resident: Resident = False,
-    micro_tokens: MicroTokens = 4096,
+    micro_tokens: MicroTokens = 2048,
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Measure the held-out loss of a model, and of plans for it.

@@ -36,7 +36,7 @@ def profile(
     device: Device = "auto",
     dtype: Dtype = "auto",
     resident: Resident = False,
-    micro_tokens: MicroTokens = 4096,
+    micro_tokens: MicroTokens = 2048,
     pair_domains: Annotated[
         bool, typer.Option("--pair-domains", help="Store pair statistics per domain, not pooled.", rich_help_panel=RUN)
     ] = False,

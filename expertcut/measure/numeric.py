@@ -39,7 +39,7 @@ _PRODUCTS = (nn.functional.linear, torch.matmul, torch.Tensor.matmul, torch.Tens
 
 def verify_numeric(
     written: Checkpoint, source: Checkpoint, plan: Plan, data: CalibrationSet, *,
-    device: str = "auto", notify: Notify, advance: Advance, micro_tokens: int = 4096,
+    device: str = "auto", notify: Notify, advance: Advance, micro_tokens: int = 2048,
 ) -> list[Check]:  # fmt: skip
     """Compare the logits of a written checkpoint with those of its source under the plan, in float32.
 
