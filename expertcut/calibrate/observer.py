@@ -23,7 +23,7 @@ from expertcut.model.families import Scoring
 NAME = "expertcut"
 """Name under which the experts implementation is registered with transformers."""
 
-CHUNK_ROWS = 1024
+CHUNK_ROWS = 512
 """Routed pairs whose intermediates are held at a time, on a CPU."""
 
 
