@@ -28,7 +28,11 @@ def main(source: str, tokens: str, out: str, experts: str, dtype: str, mode: str
     with load_quantizable_moe():
         model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype))
     loaded = time.monotonic()
-    rows = [{"input_ids": torch.from_numpy(row)[None]} for row in np.load(tokens)]
+    ids = torch.from_numpy(np.load(tokens))
+    # Its tracing drops the causal mask unless the caller brings one: tokens would attend to later ones.
+    seq_len = ids.shape[1]
+    mask = torch.full((seq_len, seq_len), torch.finfo(model.dtype).min, dtype=model.dtype).triu(1)[None, None]
+    rows = [{"input_ids": row[None], "attention_mask": mask} for row in ids]
     oneshot(
         model=model,
         dataset=DataLoader(rows, batch_size=None),  # type: ignore[arg-type]
