@@ -33,7 +33,7 @@ class Batch:
         return None if bool(valid.all()) else valid.long()
 
     def halves(self, narrow: bool = True) -> tuple[Batch, Batch]:
-        """Split by sequences, each half as wide as its longest one or, not `narrow`, as before; B must be at least 2."""
+        """Split by sequences, B at least 2; each half as wide as its longest one, or as the whole if not `narrow`."""
         cut = len(self.rows) // 2
         return self._part(slice(0, cut), narrow), self._part(slice(cut, None), narrow)
 

@@ -259,8 +259,8 @@ def expected_config(made: Made, entries: list[str], experts: int, top_k: int, dr
 
 def with_entries(made: Made, kept: Mapping[str, Sequence[int]]) -> list[str]:
     """Name every third expert module in the quantization config; return those that must be left."""
-    numbered = [(name, t) for name, t in made.model.tensors.items() if t.expert is not None]
-    modules = dict.fromkeys((name.rpartition(".")[0], t.block, t.expert) for name, t in numbered)
+    numbered = ((name.rpartition(".")[0], t.block, t.expert) for name, t in made.model.tensors.items())
+    modules = dict.fromkeys((name, block, e) for name, block, e in numbered if e is not None)
     named = [module for i, module in enumerate(modules) if i % 3 == 0]
     made.model.config["quantization_config"] = {"ignore": ["lm_head", *(name for name, _, _ in named)]}
     return [
