@@ -309,7 +309,8 @@ class _Classifier:
             return self._sliced(tensor, f"{prefix}.{family.twin[0]}", family.router_axis)
         if any(fnmatchcase(rest, pattern) for pattern in family.per_set):
             if tensor.shape != (family.sets, experts):
-                raise ConfigConflictError(f"{tensor.name}: shape {list(tensor.shape)}, expected {[family.sets, experts]}")
+                expected = [family.sets, experts]
+                raise ConfigConflictError(f"{tensor.name}: shape {list(tensor.shape)}, expected {expected}")
             return Sliced(prefix, 1, sets=family.sets)
         if any(fnmatchcase(rest, pattern) for pattern in family.flattened):
             if not tensor.shape or tensor.shape[0] % experts:
