@@ -61,8 +61,8 @@ def load_config(checkpoint: Checkpoint) -> PreTrainedConfig:
     Raises:
         CheckpointError: transformers does not know the model type.
     """
-    raw = modern(checkpoint.config)
     try:
+        raw = modern(checkpoint.config)
         if raw is checkpoint.config:
             config = AutoConfig.from_pretrained(checkpoint.path)
         else:

@@ -19,7 +19,11 @@ _TEXT = (
 
 
 def modern(raw: dict[str, Any]) -> dict[str, Any]:
-    """Return a raw config as transformers reads it; the same object where it does so already."""
+    """Return a raw config as transformers reads it; the same object where it does so already.
+
+    Raises:
+        KeyError: a number is missing.
+    """
     if raw.get("model_type") not in LEGACY:
         return raw
     layers, every = raw["num_hidden_layers"], raw.get("moe_layer_interval") or 1
@@ -28,7 +32,7 @@ def modern(raw: dict[str, Any]) -> dict[str, Any]:
     sparse = [first <= i <= last and (i + 1) % every == 0 for i in range(layers)]
     text = {key: raw[key] for key in _TEXT if raw.get(key) is not None}
     text |= {
-        "moe_num_experts": raw["moe_num_experts"][0],
+        "moe_num_experts": _list(raw["moe_num_experts"])[0],
         "moe_num_shared_experts": raw.get("moe_num_shared_experts") or 0,
         "mlp_layer_types": ["sparse" if yes else "dense" for yes in sparse],
         "rope_parameters": {"rope_type": "default", "rope_theta": raw.get("rope_theta", 5e5),

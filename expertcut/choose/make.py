@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -66,6 +67,9 @@ def make_plan(
         checkpoint, geometry, experts=experts, keep=keep, drop=drop, fit=fit, tp=tp, candidates=fit_candidates,
         top_k=top_k,
     )  # fmt: skip
+    if geometry.family.twin and criterion.needs_profile and budget.experts < geometry.num_experts:
+        blind = f"those that text does not use are chosen by {UNPROFILED}: no profile knows them"
+        budget = replace(budget, note=f"{budget.note}; {blind}" if budget.note else blind)
     named = parse_protect(protect, geometry)
     if profile is not None:
         own = check_fingerprint(profile.meta.fingerprint, checkpoint, geometry, what="profile")
@@ -89,8 +93,7 @@ def make_plan(
     plan = Plan(
         source=Source(name=_text(checkpoint.name), fingerprint=own),
         layers=layers,
-        provenance=_provenance(criterion, budget, named, supers, profile, domain_weights, seed, command)
-        | ({"unprofiled": UNPROFILED} if geometry.family.twin and criterion.needs_profile else {}),
+        provenance=_provenance(criterion, budget, named, supers, profile, domain_weights, seed, command),
     )
     validate(plan, geometry)
     return plan

@@ -66,9 +66,7 @@ class Family:
     """Axis of the router's weight that counts experts; 1 where it is stored transposed."""
     twin: tuple[str, str] | None = None
     """A second set of as many experts, which text does not use, numbered behind the first in the same list: the name
-    below the block under which plans keep it, and its router's weight."""
-    per_set: tuple[str, ...] = ()
-    """Patterns of tensors (2, E) with a row for each of the two sets."""
+    below the block under which plans keep it, and its router's weight. The correction bias has a row for each set."""
     sliced: tuple[tuple[str, int], ...] = ()
     """(pattern, axis) of further tensors that have an expert axis: biases, fused 3-D experts."""
     flattened: tuple[str, ...] = ()
@@ -203,8 +201,7 @@ FAMILIES: tuple[Family, ...] = (
     _softmax(
         "ernie4_5_vl_moe", "ernie4_5_moe_vl", "ernie4_5_vl_moe_text", experts=("moe_num_experts", "num_experts"),
         top_k=("moe_k", "num_experts_per_tok"), router_axis=1, twin=("vision_moe", "gate.weight_1"), sliced=(),
-        per_set=("moe_statics.e_score_correction_bias",), renormalise=True,
-        correction_bias="moe_statics.e_score_correction_bias",
+        renormalise=True, correction_bias="moe_statics.e_score_correction_bias",
         live=("text_moe.gate", "text_moe.gate.moe_statics.e_score_correction_bias"),
     ),
     _softmax(
@@ -313,9 +310,9 @@ FAMILIES: tuple[Family, ...] = (
 )  # fmt: skip
 
 REFUSED: Mapping[str, str] = {
-    "doge": "its experts are the cells of a √E × √E grid that shares 2·√E router rows, so that single ones cannot go",
-    "jetmoe": "its attention is a second set of experts under the same config keys, so that one count holds for both",
-    "nemotron_h_puzzle": "every layer has an expert count and a top-k of its own (block_configs)",
+    "doge": "its experts are the cells of a √E × √E grid of 2·√E router rows: only whole rows or columns could go",
+    "jetmoe": "its attention is made of routed experts too; one config key counts both, and no profile sees those",
+    "nemotron_h_puzzle": "every layer has an expert count and a top-k of its own (block_configs); plans have one",
 }
 """Model types that are known and not supported, and why."""
 

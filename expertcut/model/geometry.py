@@ -150,13 +150,12 @@ class Geometry:
         """The block of every set of experts, by the prefix under which plans keep it, in the order of `blocks`."""
         return {key: block for block in self.blocks.values() for key in block.keys}
 
-    def on_disk(self, block: MoeBlock, kept: Mapping[str, Sequence[int]]) -> tuple[int, ...]:
-        """Return the numbers on disk that survive in a block's list of experts, in the order of their new numbers.
+    def numbers(self, block: MoeBlock, kept: Mapping[str, Sequence[int]]) -> tuple[int, ...]:
+        """Return a block's kept experts by their numbers on disk, in the order of their new ones: set behind set.
 
-        Those are the kept ids of its sets, one set behind the other, and the tail; `kept` is by the prefix of plans.
+        `kept` holds the kept ids of every set of experts, by its key.
         """
-        sets = (number * self.num_experts + e for number, key in enumerate(block.keys) for e in kept[key])
-        return (*sets, *range(self.num_experts, self.num_experts + self.tail))
+        return tuple(place * self.num_experts + e for place, key in enumerate(block.keys) for e in kept[key])
 
     def expert_nbytes(self, checkpoint: Checkpoint, prefix: str) -> int:
         """Bytes that dropping one expert of a block saves, its router row included (mean over the block's experts).
@@ -291,7 +290,7 @@ class _Classifier:
         """True for a tensor that only a MoE block holds."""
         family = self.family
         numbered = bool(family.expert) and re.match(rf"{re.escape(family.expert)}\.\d+\.", rest) is not None
-        patterns = (*(pattern for pattern, _ in family.sliced), *family.flattened, *family.per_set)
+        patterns = (*(pattern for pattern, _ in family.sliced), *family.flattened)
         return numbered or any(fnmatchcase(rest, pattern) for pattern in patterns)
 
     def _role(self, tensor: TensorInfo, prefix: str, rest: str) -> Role:
@@ -307,7 +306,7 @@ class _Classifier:
                 return self._sliced(tensor, prefix, axis)
         if family.twin and rest == family.twin[1]:
             return self._sliced(tensor, f"{prefix}.{family.twin[0]}", family.router_axis)
-        if any(fnmatchcase(rest, pattern) for pattern in family.per_set):
+        if family.twin and rest == family.correction_bias:
             if tensor.shape != (family.sets, experts):
                 expected = [family.sets, experts]
                 raise ConfigConflictError(f"{tensor.name}: shape {list(tensor.shape)}, expected {expected}")

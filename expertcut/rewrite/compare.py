@@ -59,13 +59,13 @@ def survivors(
     `dropped` names tensors that go altogether.
     """
     tail = tuple(range(geometry.num_experts, geometry.num_experts + geometry.tail))
-    numbers = {prefix: geometry.on_disk(block, kept) for prefix, block in geometry.blocks.items()}
+    numbers = {prefix: geometry.numbers(block, kept) for prefix, block in geometry.blocks.items()}
     for name, role in geometry.roles.items():
         old = source.tensors[name]
         if name in dropped:
             continue
         if isinstance(role, ExpertTensor):
-            ids = numbers[role.block]
+            ids = (*numbers[role.block], *tail)
             if role.expert in ids:
                 new = f"{geometry.blocks[role.block].expert_prefix}{ids.index(role.expert)}.{role.part}"
                 yield Survivor(new, old, old.shape)

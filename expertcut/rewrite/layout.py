@@ -219,8 +219,8 @@ def out_tensors(
         CheckpointError: a tensor cannot be cut at byte borders, or a table of expert ids is none.
     """
     tail = range(geometry.num_experts, geometry.num_experts + geometry.tail)
-    numbers = {prefix: geometry.on_disk(block, kept) for prefix, block in geometry.blocks.items()}
-    renumber = {prefix: {old: new for new, old in enumerate(ids)} for prefix, ids in numbers.items()}
+    numbers = {prefix: geometry.numbers(block, kept) for prefix, block in geometry.blocks.items()}
+    renumber = {prefix: {old: new for new, old in enumerate((*ids, *tail))} for prefix, ids in numbers.items()}
     for name, role in geometry.roles.items():
         source = ckpt.tensors[name]
         if name in dropped:

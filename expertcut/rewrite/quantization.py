@@ -269,13 +269,10 @@ class _Rewriter:
                 parts[role.block][role.part.rpartition(".")[0]] = None
                 if role.expert >= self._experts:  # behind the routed ones, always kept
                     tails[role.block][role.expert] = None
+        ids = {prefix: self.geometry.numbers(block, self.kept) for prefix, block in self.geometry.blocks.items()}
         fused = ("gate_proj", "up_proj", "down_proj")
         return [
-            _Block(
-                block.expert_prefix,
-                tuple(e for e in self.geometry.on_disk(block, self.kept) if e < self._experts or e in tails[prefix]),
-                tuple(parts[prefix]) or fused,
-            )
+            _Block(block.expert_prefix, (*ids[prefix], *sorted(tails[prefix])), tuple(parts[prefix]) or fused)
             for prefix, block in self.geometry.blocks.items()
         ]
 
