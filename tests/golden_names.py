@@ -2,9 +2,9 @@
 matter here.
 
 One YAML file a checkpoint: `source`, its repository on the Hub; `grade`, A: transcribed from a listing of the real
-headers, B: read off the checkpoint by somebody's code, C: derived from code and config; `facts`, in words; `tensors` and
-`nbytes`, the published count and size, and `shards`, the published file names, where known; `config`; `expected`, the
-facts that geometry must find; `rows`, every tensor of the language model as name, dtype, shape.
+headers, B: read off the checkpoint by somebody's code, C: derived from code and config; `facts`, in words; `tensors`
+and `nbytes`, the published count and size, and `shards`, the published file names, where known; `config`; `expected`,
+what geometry must find; `rows`, every tensor of the language model as name, dtype, shape.
 
 `{a,b}` is one name each, `{0-3}` a range of numbers, `{00-10:5}` one of width two in steps of five, `{full}` the
 numbers under that key of `layers`: `layers.{0-1}.{q,k}_proj` is four names.
@@ -26,6 +26,9 @@ import yaml
 from expertcut.checkpoint import DTYPE_BITS, Checkpoint, TensorInfo
 
 FOLDER = Path(__file__).parent / "goldens"
+FIRST = 4
+"""Layers that `thin` keeps, besides the trunk's last and those behind it."""
+_LAYERS = re.compile(r"(?<=(?:layers|blocks)\.\{)[^{}]+")
 NAMES = tuple(sorted(path.stem for path in FOLDER.glob("*.yaml")))
 
 Tensor = tuple[str, str, tuple[int, ...]]
@@ -70,8 +73,7 @@ class Golden:
         rows = self.rows
         for name, numbers in self.layers.items():
             rows = rows.replace(f"{{{name}}}", f"{{{numbers}}}")
-        tensors = expand(rows)
-        return (tensor for tensor in tensors if self._stays(tensor[0])) if thin else tensors
+        return expand(_LAYERS.sub(self._thin, rows) if thin else rows)
 
     def checkpoint(self, thin: bool = False) -> Checkpoint:
         """Headers only: one imaginary shard, tensors in the order of the rows."""
@@ -80,18 +82,15 @@ class Golden:
     def moe_layers(self, thin: bool = False) -> list[int]:
         """Numbers of the trunk's layers with routed experts."""
         numbers = [int(number) for number in _numbers(self.layers.get(self.expected.moe, self.expected.moe))]
-        return [number for number in numbers if not thin or self._shown(number)]
+        return [number for number in numbers if not thin or number < FIRST or number == numbers[-1]]
 
     def templates(self) -> set[str]:
         """Names without their numbers, `model.layers.*.mlp.experts.*.up_proj.weight`."""
         return {template(name) for name, _, _ in self.expand()}
 
-    def _stays(self, name: str) -> bool:
-        layer = re.search(r"(?:layers|blocks)\.(\d+)\.", name)
-        return layer is None or self._shown(int(layer[1]))
-
-    def _shown(self, layer: int) -> bool:
-        return layer < 4 or layer >= self.moe_layers()[-1]
+    def _thin(self, layers: re.Match[str]) -> str:
+        last = self.moe_layers()[-1]
+        return ",".join(number for number in _numbers(layers[0]) if int(number) < FIRST or int(number) >= last)
 
 
 @cache
@@ -105,7 +104,9 @@ def golden(name: str) -> Golden:
 
 def expand(rows: str) -> Iterator[Tensor]:
     """Yield every tensor of rows of name, dtype and shape; a shape is `2x3`, or `scalar`."""
-    for row in filter(None, map(str.strip, rows.split("\n"))):
+    for row in rows.splitlines():
+        if not row.strip() or "{}" in row:
+            continue
         pattern, dtype, shape = row.split()
         sizes = () if shape == "scalar" else tuple(map(int, shape.split("x")))
         for name in expand_name(pattern):
@@ -134,7 +135,9 @@ def expand_name(pattern: str) -> Iterator[str]:
     while pattern:
         head, _, rest = pattern.partition("{")
         choices, pattern = _choices(rest) if rest else ([""], "")
-        names = [name for choice in choices for name in (_numbers(choice) if choice[:1].isdigit() else expand_name(choice))]
+        names = [
+            name for choice in choices for name in (_numbers(choice) if choice[:1].isdigit() else expand_name(choice))
+        ]
         parts.append([head + name for name in names or [""]])
     return map("".join, product(*parts))
 

@@ -1,7 +1,7 @@
 """Full-size checkpoints out of nothing: a golden's real config, index and headers, in files whose data are holes.
 
-`write` makes files as long as the published ones that take no room on the disk; every tensor reads as zeros. Tensors are
-spread over as many shards as the golden names, in layer order, or over shards of 5 GB.
+`write` makes files as long as the published ones that take no room on the disk; every tensor reads as zeros. Tensors
+lie in layer order in as many shards as the golden names, or in shards of 5 GB.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def write(golden: Golden, folder: Path, thin: bool = False) -> Path:
     folder.mkdir(parents=True)
     tensors = sorted(golden.expand(thin), key=lambda tensor: _natural(tensor[0]))
     names = list(expand_name(golden.shards)) if golden.shards and not thin else _names(sum(map(nbytes, tensors)))
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for name, group in zip(names, _spread(tensors, len(names)), strict=True):
         _shard(folder / name, sorted(group, key=lambda tensor: (-DTYPE_BITS[tensor[1]], tensor[0])))
         weight_map |= dict.fromkeys((tensor[0] for tensor in group), name)

@@ -16,11 +16,11 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from golden_names import Golden, golden
 import numpy as np
 import pytest
 import torch
 import transformers
+from golden_names import Golden, golden
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
