@@ -97,11 +97,12 @@ def check_fingerprint(
 
 
 def _sketch(router: np.ndarray) -> tuple[float, ...]:
+    router = router.astype(np.float64)
     rows, columns = router.shape
-    norm = float(np.linalg.norm(router.astype(np.float64))) or 1.0
+    norm = float(np.linalg.norm(router)) or 1.0
     left = _signs("rows", SKETCH, rows)
     right = _signs("columns", SKETCH, columns)
-    values = np.einsum("se,eh,sh->s", left, router.astype(np.float64), right, optimize=True) / norm
+    values = np.einsum("se,eh,sh->s", left, router, right, optimize=True) / norm
     return tuple(round(float(v), 6) for v in values)
 
 
