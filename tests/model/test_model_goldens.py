@@ -15,9 +15,9 @@ from expertcut.model import FAMILIES, ExpertTensor, Geometry, Remapped, Sliced, 
 
 FULL = ("deepseek-v3", "kimi-k2", "qwen3-235b")
 """Read with all their layers; of the others the first and the last."""
-BELOW = r"(mlp|block_sparse_moe|ffn|feed_forward|mixer|layers\.\d+)\."
+BELOW = r"(?<!resampler_model\.)(mlp|block_sparse_moe|ffn|feed_forward|mixer|layers\.\d+)\."
 CUT = re.compile(
-    BELOW + r"(((gate|router)\.)?((wg|layer|classifier|proj)\.)?(weight|bias|e_score_correction_bias|expert_bias)"
+    BELOW + r"(((gate|router)\.)?((wg|layer|classifier|proj)\.)?(weight(_1)?|bias|e_score_correction_bias|expert_bias)"
     r"|router\.per_expert_scale|moe_statics\.e_score_correction_bias|(input|output)_linear\.weight"
     r"|experts\.((gate_up|down)_proj(_bias|_blocks|_scales)?|mlp\.(v1|w1|w2)))$"
 )
