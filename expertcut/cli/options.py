@@ -58,6 +58,18 @@ class Forward:
 
 
 @dataclass(frozen=True)
+class Recorded(Forward):
+    """The options of a forward pass that makes a profile, as typed."""
+
+    pair_domains: Annotated[
+        bool, typer.Option("--pair-domains", help="Store pair statistics per domain, not pooled.", rich_help_panel=RUN)
+    ] = False
+    moments: Annotated[
+        bool, typer.Option("--moments", help="Store mean and variance of every expert's output.", rich_help_panel=RUN)
+    ] = False
+
+
+@dataclass(frozen=True)
 class Choice:
     """The options that a plan is made from, as typed."""
 
@@ -137,7 +149,7 @@ class Choice:
     seed: Seed = 0  # fmt: skip
 
 
-AS_IT_COMES, NO_CHOICE = Forward(), Choice()
+AS_IT_COMES, POOLED, NO_CHOICE = Forward(), Recorded(), Choice()
 
 
 def flat(command: Callable[..., None]) -> Callable[..., None]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from expertcut.cli.common import Output, output
-from expertcut.cli.options import AS_IT_COMES, RUN, Forward, Json, Model, Revision, Seed, SeqLen, flat
+from expertcut.cli.options import POOLED, Json, Model, Recorded, Revision, Seed, SeqLen, flat
 
 if TYPE_CHECKING:
     from expertcut.calibrate.data import CalibrationSet
@@ -38,13 +38,7 @@ def profile(
     seed: Seed = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace a profile that is there.")] = False,
     revision: Revision = None,
-    forward: Forward = AS_IT_COMES,
-    pair_domains: Annotated[
-        bool, typer.Option("--pair-domains", help="Store pair statistics per domain, not pooled.", rich_help_panel=RUN)
-    ] = False,
-    moments: Annotated[
-        bool, typer.Option("--moments", help="Store mean and variance of every expert's output.", rich_help_panel=RUN)
-    ] = False,
+    forward: Recorded = POOLED,
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Run text through a model and add up what its experts do.
@@ -73,7 +67,7 @@ def profile(
         packed=not padded, device=forward.device, dtype=forward.dtype,
     )  # fmt: skip
     out_dir.mkdir(parents=True, exist_ok=True)  # a place that cannot be written is better known now
-    options = ProfileOptions(**vars(forward), pair_domains=pair_domains, moments=moments)
+    options = ProfileOptions(**vars(forward))
     out.resumable, started = not forward.resident, time.monotonic()
     with out.progress("profiling", lambda speed: f"{speed:,.0f} tokens·layers/s", data.tokens) as advance:
         made = profile_model(
