@@ -17,6 +17,8 @@ from expertcut.runtimes.schemes import misread_layer
 
 RANKS = 64
 """The most ranks that `fits` looks at."""
+_MTP_KEYS = ("num_nextn_predict_layers", "mtp_num_hidden_layers")
+"""Those that llama.cpp reads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +65,7 @@ def lint_subject(geometry: Geometry, config: Mapping[str, Any]) -> LintSubject:
     quantization = config.get("quantization_config") or scope.get("quantization_config") or {}
     trunk = {_experts(block, geometry) for block in geometry.trunk}
     heads = scope.get("num_attention_heads")
-    announced = bool(geometry.mtp_edits(config))
+    announced = any(edit.path[-1] in _MTP_KEYS for edit in geometry.mtp_edits(config))
     return LintSubject(
         family.model_type, geometry.num_experts, geometry.top_k, geometry.n_group, geometry.topk_group,
         group_best=min_experts(geometry) // geometry.n_group, grouped=bool(scope.get("n_group")),
@@ -73,7 +75,8 @@ def lint_subject(geometry: Geometry, config: Mapping[str, Any]) -> LintSubject:
         width=geometry.expert_width, heads=heads if isinstance(heads, int) else None,
         block=max(quantization.get("weight_block_size") or (), default=None),
         uneven=len(trunk) > 1, mtp_uneven=not {_experts(block, geometry) for block in geometry.mtp} <= trunk,
-        mtp_missing=announced and not geometry.mtp_tensors, misread=misread_layer(quantization, geometry),
+        mtp_missing=announced and not (geometry.mtp or geometry.mtp_tensors),
+        misread=misread_layer(quantization, geometry),
     )  # fmt: skip
 
 

@@ -55,7 +55,7 @@ class LintSubject:
     mtp_uneven: bool = False
     """Multi-token-prediction layers hold another number of experts than the trunk."""
     mtp_missing: bool = False
-    """The config announces multi-token-prediction layers of which there are no tensors."""
+    """The config announces, by a key that llama.cpp reads, multi-token-prediction layers that have no tensors."""
     misread: int | None = None
     """A layer whose experts are stored quantised, and which vLLM takes for unquantised."""
     tp: int = 1
@@ -166,8 +166,8 @@ RULES = (
     ),
     Rule(
         "max-experts", ("llama.cpp",), "refuses",
-        lambda s: True, lambda s: s.experts <= 512,
-        "{s.experts} experts, at most 512 are supported", "LLAMA_MAX_EXPERTS",
+        lambda s: True, lambda s: s.experts <= 1024,
+        "{s.experts} experts, at most 1024 are supported (512 before Kimi-K3 was)", "LLAMA_MAX_EXPERTS",
     ),
     Rule(
         "top-k-kernel", ("vLLM",), "loads",
@@ -268,8 +268,9 @@ RULES = (
     Rule(
         "mtp-announced", ("llama.cpp",), "refuses",
         lambda s: True, lambda s: not s.mtp_missing,
-        "the config announces multi-token-prediction layers of which there are no tensors: prune with --drop-mtp",
-        "issue 21172",
+        "the config announces multi-token-prediction layers that have no tensors, which few of its architectures load: "
+        "prune with --drop-mtp",
+        "src/models, issue 21172",
     ),
     Rule(
         "hub-keys", ("mlx-lm",), "refuses",

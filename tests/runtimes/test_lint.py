@@ -44,7 +44,7 @@ CASES: dict[tuple[str, ...], tuple[LintSubject, dict[str, Any], str]] = {
     **{("top-k", r): (QWEN3, {"top_k": 129}, "refuses") for r in RUNTIMES},
     **{("top-k-in-groups", r): (DEEPSEEK_V3, {"experts": 16, "topk_group": 3}, "wrong") for r in RUNTIMES},
     ("proper-groups", "llama.cpp"): (DEEPSEEK_V3, {"topk_group": 8}, "refuses"),
-    ("max-experts", "llama.cpp"): (replace(QWEN3, experts=512), {"experts": 513}, "refuses"),
+    ("max-experts", "llama.cpp"): (replace(QWEN3, experts=1024), {"experts": 1025}, "refuses"),
     ("top-k-kernel", "vLLM"): (replace(QWEN3, experts=192), {"experts": 96}, "loads"),
     ("top-k-kernel", "vLLM", "deepseek_v4"): (DEEPSEEK_V4, {"experts": 160}, "refuses"),
     ("top-k-kernel", "SGLang"): (QWEN3, {"experts": 192}, "loads"),
@@ -175,6 +175,7 @@ def test_announced_layers_that_are_not_there(tmp_path_factory: pytest.TempPathFa
     config = checkpoint.config | {"num_nextn_predict_layers": 1}
     subject = lint_subject(read_geometry(checkpoint), config)
     assert subject.mtp_missing
+    assert not lint_subject(read_geometry(checkpoint), checkpoint.config | {"num_mtp_modules": 3}).mtp_missing
     assert "mtp-announced" in {rule.name for rule in broken_rules(subject, "llama.cpp")}
 
 
