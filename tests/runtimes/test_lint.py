@@ -10,6 +10,8 @@ from tiny_models import tiny_model
 
 from expertcut.checkpoint import open_checkpoint
 from expertcut.model import read_geometry
+from expertcut.rewrite.config import edit_config
+from expertcut.rewrite.quantization import quantization_edits
 from expertcut.runtimes.lint import (
     Advice,
     Fit,
@@ -187,6 +189,13 @@ QUANTISED = """
 FP8_KEY = "modules_to_not_convert"
 
 
+def quantised_config(quantization: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "hidden_size": 32,
+        "moe_intermediate_size": 32, "num_hidden_layers": 2, "quantization_config": quantization,
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("method", "key", "entries", "misread"),
     [
@@ -203,16 +212,21 @@ FP8_KEY = "modules_to_not_convert"
 def test_one_entry_speaks_for_all_experts_of_a_layer(
     method: str, key: str, entries: list[str], misread: int | None
 ) -> None:
-    config = {
-        "model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "hidden_size": 32,
-        "moe_intermediate_size": 32, "num_hidden_layers": 2,
-        "quantization_config": {"quant_method": method, key: entries},
-    }  # fmt: skip
+    config = quantised_config({"quant_method": method, key: entries})
     checkpoint = as_checkpoint(list(expand(QUANTISED)), config)
     subject = lint_subject(read_geometry(checkpoint), config)
     assert subject.misread == misread
     plain = as_checkpoint(list(expand(QUANTISED.replace("weight_scale", "bias"))), config)
     assert lint_subject(read_geometry(plain), config).misread is None, "stored as the entry says"
+
+
+@pytest.mark.parametrize(("kept", "misread"), [((0, 1, 2), None), ((1, 2, 3), 1)])
+def test_entries_for_dropped_experts_speak_for_none(kept: tuple[int, ...], misread: int | None) -> None:
+    """The config is judged as a plan leaves it."""
+    config = quantised_config({"quant_method": "fp8", FP8_KEY: ["model.layers.1.mlp.experts.3.up_proj"]})
+    geometry = read_geometry(as_checkpoint(list(expand(QUANTISED)), config))
+    edits = quantization_edits(config, geometry, dict.fromkeys(geometry.blocks, kept))
+    assert lint_subject(geometry, edit_config(config, edits)).misread == misread
 
 
 def near(subject: LintSubject, maximum: int) -> dict[str, tuple[int | None, int | None]]:
