@@ -9,7 +9,7 @@ import typer
 
 from expertcut.cli.common import Output, output
 from expertcut.cli.options import NO_CHOICE, Choice, Json, Model, Revision, flat
-from expertcut.errors import UsageError
+from expertcut.errors import DestinationError, UsageError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -87,7 +87,10 @@ def _preview(
 
     job = prepare(checkpoint, geometry, plan, out_dir, shard_size)
     check_replaceable(job.target, force)
-    check_space(job.target, job.needed)
+    try:
+        check_space(job.target, job.needed)
+    except DestinationError as error:  # a plan for another machine's disk is worth showing
+        out.warn(f"{error.message}; {error.hint}")
     layout, files = job.layout, job.files
     edits = [{"key": ".".join(edit.path), "old": edit.old, "new": edit.new} for edit in layout.edits]
     result = outcome(checkpoint, geometry, plan)

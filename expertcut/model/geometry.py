@@ -11,6 +11,7 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from typing import Any
 
 from expertcut.checkpoint.types import Checkpoint, TensorInfo
@@ -314,7 +315,12 @@ def _edited(found: Any, old: int, new: int) -> Any:
 
 def in_tower(name: str) -> bool:
     """True if a tensor or module belongs to a part that is no language model."""
-    return any(fnmatchcase(part, tower) for part in name.split(".")[:3] for tower in TOWERS)
+    return any(map(_is_tower, name.split(".", 3)[:3]))
+
+
+@lru_cache(maxsize=1024)  # names are many, their first parts few
+def _is_tower(part: str) -> bool:
+    return any(fnmatchcase(part, tower) for tower in TOWERS)
 
 
 def _is_mtp(name: str, layers: int, stacks: Collection[str] | None = None) -> bool:
