@@ -14,10 +14,10 @@ import numpy as np
 from pydantic import JsonValue
 
 from expertcut.checkpoint import read_array
-from expertcut.checkpoint.types import Checkpoint
+from expertcut.checkpoint.types import Checkpoint, valid_text
 from expertcut.choose.budget import Budget, resolve_budget
 from expertcut.choose.criteria import Criterion, PatternStats, Scores, WeightStats, get_criterion, without_profile
-from expertcut.choose.plan import LayerPlan, Plan, Source, valid_text, validate
+from expertcut.choose.plan import LayerPlan, Plan, Source, validate
 from expertcut.choose.protect import Protected, parse_protect, super_experts, union
 from expertcut.choose.select import select_experts
 from expertcut.errors import UsageError
@@ -91,7 +91,7 @@ def make_plan(
             )  # fmt: skip
             layers[prefix] = LayerPlan(layer=block.layer, kept=kept, top_k=None if top_k == geometry.top_k else top_k)
     plan = Plan(
-        source=Source.of(checkpoint, own),
+        source=Source(name=checkpoint.public_name, fingerprint=own),
         layers=layers,
         provenance=_provenance(criterion, budget, named, supers, profile, domain_weights, seed, command),
     )

@@ -9,25 +9,17 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, StrictInt, ValidationError
 
-from expertcut.checkpoint import Checkpoint
 from expertcut.checkpoint.jsonio import load_json, shown
 from expertcut.errors import CheckpointError, DestinationError, PlanError
-from expertcut.model import FAMILIES, Family, Fingerprint, Geometry
+from expertcut.model import Fingerprint, Geometry
 
 SCHEMA: Literal["expertcut.plan/1"] = "expertcut.plan/1"
 _AGAIN = "make the plan again with `expertcut plan`"
-
-RANKS_ONE_GROUP = frozenset({
-    "deepseek_v3", "dots1", "beam", "exaone_moe", "bailing_hybrid", "kimi_linear", "nemotron_h", "mistral4",
-    "mistral_large4",
-})  # fmt: skip
-"""Rows of the family table whose routers rank groups by their best experts even if there is only one."""
 
 Natural = Annotated[StrictInt, Field(ge=0)]
 
@@ -52,11 +44,6 @@ class Source(_Record):
 
     name: str
     fingerprint: Fingerprint
-
-    @classmethod
-    def of(cls, checkpoint: Checkpoint, fingerprint: Fingerprint) -> Self:
-        """Return the record of a checkpoint: a Hub name as typed, of a local directory its own name alone."""
-        return cls(name=source_name(checkpoint), fingerprint=fingerprint)
 
 
 class Plan(_Record):
@@ -129,16 +116,6 @@ class Plan(_Record):
                 temporary.unlink()
 
 
-def source_name(checkpoint: Checkpoint) -> str:
-    """Return what files call a checkpoint: its Hub name, or its directory's name without the path on this machine."""
-    return valid_text(checkpoint.path.resolve().name if os.path.isdir(checkpoint.name) else checkpoint.name)
-
-
-def valid_text(argument: str) -> str:
-    """Return a command-line argument as valid Unicode: bytes that are not UTF-8 arrive as lone surrogates."""
-    return argument.encode("utf-8", "backslashreplace").decode()
-
-
 def kept_by_block(plan: Plan, geometry: Geometry) -> dict[str, tuple[int, ...]]:
     """Return the kept ids of every set of experts of the geometry, multi-token-prediction blocks included.
 
@@ -190,19 +167,15 @@ def validate(plan: Plan, geometry: Geometry) -> None:
         _check_top_k(plan, prefix, where, geometry)
 
 
-def group_best(family: Family, n_group: int) -> int:
+def group_best(geometry: Geometry) -> int:
     """Return how many experts of a group the router looks at to rank the group; 1 if it ranks no groups."""
-    ranks = n_group > 1 or any(  # a config fills in the three members of its family
-        row.model_type in RANKS_ONE_GROUP
-        and replace(row, model_type=family.model_type, root=family.root, scoring=family.scoring) == family
-        for row in FAMILIES
-    )
-    return family.group_best if ranks else 1
+    family = geometry.family
+    return family.group_best if geometry.n_group > 1 or family.ranks_one_group else 1
 
 
 def min_experts(geometry: Geometry) -> int:
     """Return the smallest expert count that the router can rank its groups with; 1 if it ranks none."""
-    best = group_best(geometry.family, geometry.n_group)
+    best = group_best(geometry)
     return geometry.n_group * min(best, geometry.num_experts // geometry.n_group)
 
 

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 import expertcut
 from expertcut.checkpoint import Checkpoint, load_json
-from expertcut.choose.plan import Plan, source_name
+from expertcut.choose.plan import Plan
 from expertcut.errors import CheckpointError
 from expertcut.rewrite.layout import RECORD, Layout
 
@@ -45,7 +45,7 @@ class Record(BaseModel):
         """Return the record of a rewrite."""
         after = Size(nbytes=layout.nbytes, experts=layout.experts, top_k=layout.top_k)
         tool = f"expertcut {expertcut.__version__}"
-        return cls(tool=tool, source=source_name(ckpt), before=before, after=after, plan=plan)
+        return cls(tool=tool, source=ckpt.public_name, before=before, after=after, plan=plan)
 
     @classmethod
     def load(cls, folder: Path) -> Self:

@@ -139,7 +139,7 @@ def _wrong_files(ckpt: Checkpoint) -> Iterator[str]:
 
 
 def _unroutable(geometry: Geometry) -> Iterator[str]:
-    experts, groups, best = geometry.num_experts, geometry.n_group, group_best(geometry.family, geometry.n_group)
+    experts, groups, best = geometry.num_experts, geometry.n_group, group_best(geometry)
     if experts // groups < best:
         yield f"config.json: {experts // groups} experts per group, but the router ranks groups by their {best} best"
     if geometry.top_k > reachable(geometry, experts):
