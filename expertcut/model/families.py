@@ -30,8 +30,14 @@ LAYER_LISTS = ("layers_block_type", "hybrid_override_pattern")
 """Lists or strings with one entry per layer, where a config has no count."""
 HIDDEN_KEYS = ("hidden_size", "d_model")
 GROUP_KEYS = ("n_group", "num_expert_group")
-MTP_KEYS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers", "num_mtp_modules")
-"""Keys that announce multi-token-prediction layers."""
+MTP_KEYS = (
+    "num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers", "num_mtp_modules", "use_mtp",
+    "mtp_hybrid_override_pattern", "mtp_layers_block_type", "mtp_layer_types", "mtp_mlp_layer_types",
+    "mtp_local_layer_ids",
+)  # fmt: skip
+"""Keys that announce or describe multi-token-prediction layers: counts, switches, and lists with an entry per layer."""
+MTP_SCOPE = "mtp_config"
+"""An object of its own that some configs keep such keys in."""
 ROOTS = ((), ("text_config",), ("llm_config",), ("language_config",), ("thinker_config", "text_config"))
 """Where configs keep their language part; for a model type without a row its language part's type is looked up."""
 TOWERS = (

@@ -16,7 +16,7 @@ from typing import Any
 
 from expertcut.checkpoint.types import Checkpoint, TensorInfo
 from expertcut.errors import ConfigConflictError, UnknownTensorError
-from expertcut.model.families import HIDDEN_KEYS, MTP_KEYS, TOWERS, Family, dig, resolve_family
+from expertcut.model.families import HIDDEN_KEYS, MTP_KEYS, MTP_SCOPE, TOWERS, Family, dig, resolve_family
 from expertcut.model.numbers import Numbers
 
 _LAYER = re.compile(
@@ -185,12 +185,14 @@ class Geometry:
         ]
 
     def mtp_edits(self, config: Mapping[str, Any]) -> list[Edit]:
-        """Return the values of the raw config that change when multi-token-prediction layers go: their counts, to 0."""
+        """Return the values of the raw config that change when multi-token-prediction layers go: to 0, false, empty."""
+        roots = dict.fromkeys((self.family.root, ()))
         return [
-            Edit((*path, key), found, 0)
-            for path in dict.fromkeys((self.family.root, ()))
+            Edit((*path, key), found, type(found)())
+            for root in roots
+            for path in (root, (*root, MTP_SCOPE))
             for key in MTP_KEYS
-            if isinstance(found := (dig(config, path) or {}).get(key), int) and found != 0
+            if isinstance(found := (dig(config, path) or {}).get(key), int | str | list) and found
         ]
 
 

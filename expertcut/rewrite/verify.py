@@ -88,9 +88,8 @@ def verify_bytes(out: str | Path | Checkpoint, source: Checkpoint) -> list[Check
     try:
         ckpt = out if isinstance(out, Checkpoint) else open_checkpoint(out)
         plan = Record.load(ckpt.path).plan
-        kept = kept_by_block(plan, geometry)
         expected = list(_survivors(source, geometry, plan))
-        documents = rewritten_companions(source, geometry, kept)
+        documents = rewritten_companions(source, geometry, plan)
     except (CheckpointError, PlanError) as error:
         return [Check("tensor bytes", False, error.message)]
     files = [name for name in source.companions if name != RECORD and name not in documents]
