@@ -68,6 +68,11 @@ class Family:
     """Module below the block whose numbered children are the experts; empty: there are only fused ones."""
     router: str = "gate"
     """Router module below the block; its `weight` has one row per expert."""
+    router_axis: int = 0
+    """Axis of the router's weight that counts experts; 1 where it is stored transposed."""
+    twin: tuple[str, str] | None = None
+    """A second set of as many experts, which text does not use, numbered behind the first in the same list: the name
+    below the block under which plans keep it, and its router's weight. The correction bias has a row for each set."""
     sliced: tuple[tuple[str, int], ...] = ()
     """(pattern, axis) of further tensors that have an expert axis: biases, fused 3-D experts."""
     flattened: tuple[str, ...] = ()
@@ -87,6 +92,8 @@ class Family:
     """What an absent key means."""
     grouped_if: tuple[str, str] | None = None
     """(config key, value) that must hold for groups to be in force; None: more than one suffices."""
+    ranks_one_group: bool = False
+    """The router ranks its groups by their best experts even if there is only one."""
     group_best: int = 2
     """How many experts of a group the router looks at to rank the group: each group must keep at least as many."""
     correction_bias: str | None = None
@@ -100,6 +107,11 @@ class Family:
     """The tail is one class that means to skip the block; transformers reports it as expert 0 with weight 0."""
     fixed_top_k: bool = False
     """The router knows one top-k only."""
+
+    @property
+    def sets(self) -> int:
+        """Sets of experts in every block."""
+        return 2 if self.twin else 1
 
 
 _FUSED = (("experts.*", 0),)
@@ -171,10 +183,10 @@ FAMILIES: tuple[Family, ...] = (
         width=("ffn_hidden_size",), router="router.layer", sliced=(), flattened=("experts.mlp.*",),
         renormalise="moe_normalize_expert_weights", renormalise_default=True, live=("router", None),
     ),
-    _softmax("mistral4", "mistral4_text", experts=_ROUTED, renormalise_default=True),
+    _softmax("mistral4", "mistral4_text", experts=_ROUTED, ranks_one_group=True, renormalise_default=True),
     _softmax(
         "mistral_large4", "mistral_large4_text", block="", experts=_ROUTED, whole=_LAYER_PARTS, renormalise=True,
-        live_block="mlp",
+        live_block="mlp", ranks_one_group=True,
     ),
     _softmax(
         "gemma4", "gemma4_text", "diffusion_gemma", "diffusion_gemma_text", block="",
@@ -193,6 +205,12 @@ FAMILIES: tuple[Family, ...] = (
         sliced=(("moe_statics.e_score_correction_bias", 1), *_FUSED), renormalise=True,
         correction_bias="moe_statics.e_score_correction_bias",
         live=("gate", "gate.moe_statics.e_score_correction_bias"),
+    ),
+    _softmax(
+        "ernie4_5_vl_moe", "ernie4_5_moe_vl", "ernie4_5_vl_moe_text", experts=("moe_num_experts", "num_experts"),
+        top_k=("moe_k", "num_experts_per_tok"), router_axis=1, twin=("vision_moe", "gate.weight_1"), sliced=(),
+        renormalise=True, correction_bias="moe_statics.e_score_correction_bias",
+        live=("text_moe.gate", "text_moe.gate.moe_statics.e_score_correction_bias"),
     ),
     _softmax(
         "zaya", router="gate.router_mlp.out_proj", tail=1, sliced=(("gate.balancing_biases", 0), *_FUSED),
@@ -224,24 +242,24 @@ FAMILIES: tuple[Family, ...] = (
         "deepseek_v3", "deepseek_v32", "kimi_k2", "kimi_k25", "kimi_vl", "glm4_moe", "glm4_moe_lite", "glm4v_moe",
         "glm4v_moe_text", "glm_moe_dsa", "glm5_next", "glm5_next_text", "solar_open", "axk1", "axk2", "mimo_v2_flash",
         "mimo_v2", "hy_v4", "dots3_note", "dots3_note_text", "minimax_m3_vl_text", experts=_ROUTED,
-        width=("moe_intermediate_size", "intermediate_size"),
+        width=("moe_intermediate_size", "intermediate_size"), ranks_one_group=True,
     ),
-    _sigmoid("dots1", experts=_ROUTED, renormalise_default=False),
-    _sigmoid("beam"),
-    _sigmoid("exaone_moe", bias="e_score_correction_bias", live=("gate", _CORRECTION)),
+    _sigmoid("dots1", experts=_ROUTED, ranks_one_group=True, renormalise_default=False),
+    _sigmoid("beam", ranks_one_group=True),
+    _sigmoid("exaone_moe", ranks_one_group=True, bias="e_score_correction_bias", live=("gate", _CORRECTION)),
     _sigmoid(
         "bailing_hybrid", "bailing_moe_v2", "bailing_moe_linear", "bailing_moe_linear_v2",
         top_k=("num_experts_per_tok", "num_experts_per_token"), scoring_key="score_function",
         bias="gate.expert_bias", sliced=(("gate.expert_bias", 0), ("gate.bias", 0), *_FUSED),
-        live=("gate", _CORRECTION),
+        live=("gate", _CORRECTION), ranks_one_group=True,
     ),
     _sigmoid(
         "kimi_linear", block="block_sparse_moe", top_k=("num_experts_per_token", "num_experts_per_tok"),
         scoring_key="moe_router_activation_func", renormalise="moe_renormalize", sliced=((_CORRECTION, 0),),
-        live_block="mlp",
+        live_block="mlp", ranks_one_group=True,
     ),
     _sigmoid(
-        "nemotron_h", block="mixer", experts=_ROUTED,
+        "nemotron_h", block="mixer", ranks_one_group=True, experts=_ROUTED,
         sliced=((_CORRECTION, 0), ("experts.gate_and_up_projs", 0), ("experts.down_projs", 0)),
         whole=("shared_experts.*", "fc1_latent_proj.*", "fc2_latent_proj.*"),
     ),
@@ -300,13 +318,11 @@ FAMILIES: tuple[Family, ...] = (
 )  # fmt: skip
 
 REFUSED: Mapping[str, str] = {
-    "doge": "its experts are the cells of a √E × √E grid that shares 2·√E router rows, so that single ones cannot go",
-    "jetmoe": "its attention is a second set of experts under the same config keys, so that one count holds for both",
-    "ernie4_5_vl_moe": "every layer has two sets of experts, for text and for images, and text cannot rank the second",
-    "nemotron_h_puzzle": "every layer has an expert count and a top-k of its own (block_configs)",
+    "doge": "its experts are the cells of a √E × √E grid of 2·√E router rows: only whole rows or columns could go",
+    "jetmoe": "its attention is made of routed experts too; one config key counts both, and no profile sees those",
+    "nemotron_h_puzzle": "every layer has an expert count and a top-k of its own (block_configs); plans have one",
 }
 """Model types that are known and not supported, and why."""
-_REFUSED_NAMES = {"ernie4_5_moe_vl": "ernie4_5_vl_moe", "ernie4_5_vl_moe_text": "ernie4_5_vl_moe"}
 
 BY_TYPE: Mapping[str, Family] = {name: row for row in FAMILIES for name in (row.model_type, *row.aliases)}
 """The row of every supported model type."""
@@ -324,7 +340,7 @@ def resolve_family(config: Mapping[str, Any]) -> Family:
         raise ConfigConflictError("config.json: no model_type", "add the model_type that transformers uses")
     parts = (dig(config, path) or {} for path in ROOTS[1:])
     for name in (model_type, *(str(part.get("model_type")) for part in parts)):
-        if reason := REFUSED.get(_REFUSED_NAMES.get(name, name)):
+        if reason := REFUSED.get(name):
             raise UnknownTensorError(f"config.json: model_type {name!r} is not supported: {reason}")
         if name in BY_TYPE:
             row = BY_TYPE[name]

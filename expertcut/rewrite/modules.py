@@ -50,7 +50,7 @@ class Modules:
 
     def __init__(self, geometry: Geometry, kept: Mapping[str, Sequence[int]], dropped: Collection[str] = ()) -> None:
         self._geometry, self._kept, self._dropped = geometry, kept, dropped
-        self.experts = geometry.num_experts
+        self.experts = geometry.num_experts * geometry.family.sets
         self.word = re.escape(geometry.family.expert or "experts")
         """What stands before the dot and an expert's number, as a regex."""
         self.numbered = re.compile(rf"(?P<before>(?:.*\.)?{self.word}\.)(?P<id>\d+)(?P<after>(?:\..+)?)")
@@ -69,7 +69,7 @@ class Modules:
                 parts[role.block][role.part.rpartition(".")[0]] = None
                 if role.expert >= self.experts:  # behind the routed ones, always kept
                     tails[role.block][role.expert] = None
-        ids = {prefix: (*self._kept[prefix], *sorted(tails[prefix])) for prefix in left}
+        ids = {p: (*geometry.numbers(geometry.blocks[p], self._kept), *sorted(tails[p])) for p in left}
         return [Block(geometry.blocks[p].expert_prefix, ids[p], tuple(parts[p]) or _FUSED) for p in left]
 
     @cached_property

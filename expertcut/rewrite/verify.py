@@ -13,7 +13,7 @@ from pathlib import Path
 
 from expertcut.checkpoint import DTYPE_BITS, Checkpoint, load_json, open_checkpoint, read_header
 from expertcut.checkpoint.local import INDEX, SINGLE
-from expertcut.choose.plan import Plan, dropped_tensors, kept_by_block, reachable, validate
+from expertcut.choose.plan import Plan, dropped_tensors, group_best, kept_by_block, reachable, validate
 from expertcut.errors import CheckpointError, PlanError, VerifyError
 from expertcut.model import Geometry, check_fingerprint, read_geometry
 from expertcut.rewrite.compare import Survivor, changed_files, changed_tensors, survivors, wrong_files, wrong_tensors
@@ -57,14 +57,16 @@ def verify_structure(out: str | Path | Checkpoint, source: Checkpoint | None = N
         ckpt = out if isinstance(out, Checkpoint) else open_checkpoint(out)
     except CheckpointError as error:
         return [Check("opens", False, error.message)]
-    opened = f"{len(ckpt.tensors)} tensors in {len(ckpt.shards)} shards; headers, files and index agree"
+    shards = f"{len(ckpt.shards)} shard{'s' if len(ckpt.shards) > 1 else ''}"
+    opened = f"{len(ckpt.tensors)} tensors in {shards}; headers, files and index agree"
     checks = [
         Check("opens", True, opened),
         _check("files", _wrong_files(ckpt), "named and numbered as runtimes expect; nothing stale, nothing unfinished"),
     ]
     try:
         geometry = read_geometry(ckpt)
-        experts = f"0..{geometry.num_experts - 1} in {len(geometry.blocks)} blocks; routers, biases and config agree"
+        last = geometry.num_experts * geometry.family.sets - 1
+        experts = f"0..{last} in {len(geometry.blocks)} blocks; routers, biases and config agree"
         routable = f"top-{geometry.top_k} of {geometry.num_experts} experts can be reached"
         checks.append(Check("experts", True, experts))
         checks.append(_check("routing", _unroutable(geometry), routable))
@@ -136,8 +138,8 @@ def _wrong_files(ckpt: Checkpoint) -> Iterator[str]:
 
 
 def _unroutable(geometry: Geometry) -> Iterator[str]:
-    experts, groups, best = geometry.num_experts, geometry.n_group, geometry.family.group_best
-    if groups > 1 and experts // groups < best:
+    experts, groups, best = geometry.num_experts, geometry.n_group, group_best(geometry)
+    if experts // groups < best:
         yield f"config.json: {experts // groups} experts per group, but the router ranks groups by their {best} best"
     if geometry.top_k > reachable(geometry, experts):
         usable = reachable(geometry, experts)

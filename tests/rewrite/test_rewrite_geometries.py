@@ -157,7 +157,7 @@ def checkpoints(draw: st.DrawFn, name: str) -> Made:
     """Any format, number of layers, experts and groups, dense layers in between, tensors in any order."""
     row, random = ROWS[name], draw(_RANDOM)
     groups = draw(st.integers(1, 4)) if row.grouped else 1
-    size = random.randint(2 if groups > 1 else 1, 12 // groups)
+    size = random.randint(2 if row.grouped else 1, 12 // groups)
     experts, topk_group = groups * size, random.randint(1, groups)
     top_k = random.randint(1, topk_group * size)
     layers = draw(st.lists(st.booleans(), min_size=1, max_size=3).filter(any))  # True: a MoE layer
@@ -197,7 +197,7 @@ def checkpoints(draw: st.DrawFn, name: str) -> Made:
 def plans(draw: st.DrawFn, made: Made) -> tuple[dict[str, tuple[int, ...]], int, str]:
     """Kept ids of every block, top-k, and what becomes of multi-token prediction, within what routers can do."""
     random, size, groups = draw(_RANDOM), made.model.experts // made.groups, made.groups
-    each = random.randint(min(2, size) if groups > 1 else 1, size)
+    each = random.randint(min(2, size) if made.row.grouped else 1, size)
     top_k = random.randint(1, min(made.top_k, made.topk_group * each))
 
     def ids() -> tuple[int, ...]:
