@@ -16,7 +16,7 @@ import pytest
 import torch
 from reference import profile
 from tiny_models import calibration, read_tensors, tokens
-from tiny_types import EXPERTS, NOT_STREAMED, STREAMED, SUPPORTED, model_class, tiny_type
+from tiny_types import EXPERTS, NOT_STREAMED, STREAMED, SUPPORTED, model_class, tiny_config, tiny_type
 
 from expertcut.calibrate.profile import Profile, merge
 from expertcut.checkpoint import open_checkpoint
@@ -239,6 +239,23 @@ def test_padded_micro_batches_give_the_same_counts(folder: Path, observed: Profi
         assert found.tokens == expected.tokens
         assert np.abs(found.count - expected.count).sum() <= 2
         np.testing.assert_allclose(found.out_sq, expected.out_sq, rtol=1e-2)
+
+
+@pytest.mark.parametrize("kind", SUPPORTED)
+def test_no_model_runs_layers_for_multi_token_prediction(kind: str) -> None:
+    """So that they have no statistics of their own: see docs/families.md."""
+    config, made = tiny_config(kind), model_class(kind)
+    text = config.get_text_config()
+    for key in ("num_mtp_layers", "num_nextn_predict_layers", "mtp_num_hidden_layers"):
+        if hasattr(text, key):
+            setattr(text, key, 1)
+    whole = made.config_class is None or isinstance(config, made.config_class)
+    with torch.device("meta"):
+        model = made._from_config(config if whole else text)
+    names = [name for name, _ in model.named_modules() if re.search(r"mtp|nextn", name.lower())]
+    trunk = re.compile(r"model\.(?:language_model\.)?layers\.\d+")
+    layers = [name for name, _ in model.named_modules() if trunk.fullmatch(name)]
+    assert names == [] and len(layers) <= text.num_hidden_layers
 
 
 def test_what_cannot_be_profiled_says_why(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
