@@ -148,6 +148,9 @@ TWEAKS: dict[str, dict[str, Any]] = {
     }) | _in("audio_config", {"adapter_out_dim": HIDDEN, "adapter_input_size": HIDDEN}),
     "dots3_note_text": {"num_key_value_heads": 4},
     "ernie4_5_moe": {"moe_num_shared_experts": 1},
+    "ernie4_5_vl_moe": _text(moe_intermediate_size=[WIDTH, 12], rope_parameters={
+        "rope_type": "default", "rope_theta": 5e5, "mrope_section": [1, 1, 2],
+    }),
     "flint": {"mlp_only_layers": [0]},
     "gemma4": _text(**_GEMMA),
     "gemma4_text": _GEMMA,

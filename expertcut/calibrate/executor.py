@@ -243,9 +243,16 @@ def _carried(layer: nn.Module) -> tuple[str, int] | None:
 
 def find_experts(layer: nn.Module) -> str | None:
     """Return the name of a layer's experts module (transformers' experts interface), None in a dense layer."""
-    return next(
-        (name for name, m in layer.named_modules() if hasattr(m, "has_gate") and hasattr(m, "_apply_gate")), None
-    )
+    return next(_all_experts(layer), None)
+
+
+def idle_experts(layer: nn.Module) -> tuple[str, ...]:
+    """Return what the names of a layer's experts begin with that text does not use: those of a second set."""
+    return tuple(f"{name}." for name in list(_all_experts(layer))[1:])
+
+
+def _all_experts(layer: nn.Module) -> Iterator[str]:
+    return (name for name, m in layer.named_modules() if hasattr(m, "has_gate") and hasattr(m, "_apply_gate"))
 
 
 def find_router(layer: nn.Module, family: Family) -> nn.Module:

@@ -17,7 +17,7 @@ import torch
 import transformers
 from packaging.version import Version
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
@@ -29,6 +29,7 @@ from transformers.core_model_loading import (
 )
 
 from expertcut.calibrate.adapters import adapt
+from expertcut.calibrate.legacy import modern
 from expertcut.calibrate.reader import TensorReader
 from expertcut.checkpoint.types import Checkpoint
 from expertcut.errors import CheckpointError, RuntimeLintError
@@ -61,7 +62,11 @@ def load_config(checkpoint: Checkpoint) -> PreTrainedConfig:
         CheckpointError: transformers does not know the model type.
     """
     try:
-        config = AutoConfig.from_pretrained(checkpoint.path)
+        raw = modern(checkpoint.config)
+        if raw is checkpoint.config:
+            config = AutoConfig.from_pretrained(checkpoint.path)
+        else:
+            config = CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
     except (ValueError, KeyError, OSError) as error:
         raise CheckpointError(f"{checkpoint.name}: transformers cannot read config.json: {_line(error)}") from error
     for scope in (config, config.get_text_config()):
@@ -72,7 +77,7 @@ def load_config(checkpoint: Checkpoint) -> PreTrainedConfig:
 
 def config_like(config: PreTrainedConfig, raw: dict[str, Any]) -> PreTrainedConfig:
     """Return a config object of the same class from a raw config."""
-    return type(config).from_dict(type(config)._decode_special_floats(raw))
+    return type(config).from_dict(type(config)._decode_special_floats(modern(raw)))
 
 
 def build_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:

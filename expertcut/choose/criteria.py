@@ -31,7 +31,7 @@ class PatternStats:
 
     experts: int
     layer: int
-    """Absolute layer number; makes random draws of different layers independent."""
+    """Absolute layer number, counted on for a second set of experts; makes random draws of all sets independent."""
     seed: int
 
 

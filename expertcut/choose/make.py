@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,10 +21,13 @@ from expertcut.choose.plan import LayerPlan, Plan, Source, validate
 from expertcut.choose.protect import Protected, parse_protect, super_experts, union
 from expertcut.choose.select import select_experts
 from expertcut.errors import UsageError
-from expertcut.model import Geometry, MoeBlock, check_fingerprint, fingerprint
+from expertcut.model import Geometry, check_fingerprint, fingerprint
 
 if TYPE_CHECKING:
     from expertcut.calibrate.profile import Profile
+
+UNPROFILED = "router-norm"
+"""The criterion for experts that text does not use, where the plan's own criterion needs a profile."""
 
 
 def make_plan(
@@ -63,6 +67,9 @@ def make_plan(
         checkpoint, geometry, experts=experts, keep=keep, drop=drop, fit=fit, tp=tp, candidates=fit_candidates,
         top_k=top_k,
     )  # fmt: skip
+    if geometry.family.twin and criterion.needs_profile and budget.experts < geometry.num_experts:
+        blind = f"those that text does not use are chosen by {UNPROFILED}: no profile knows them"
+        budget = replace(budget, note=f"{budget.note}; {blind}" if budget.note else blind)
     named = parse_protect(protect, geometry)
     if profile is not None:
         own = check_fingerprint(profile.meta.fingerprint, checkpoint, geometry, what="profile")
@@ -71,13 +78,18 @@ def make_plan(
     supers = _super_experts(profile, geometry) if profile is not None and protect_super else {}
     protected = union(named, supers)
     layers = {}
+    unprofiled = get_criterion(UNPROFILED) if criterion.needs_profile else criterion
     for block in geometry.trunk:
-        scores_E = _scores(criterion, block, checkpoint, geometry, profile, domain_weights, seed)
-        kept = select_experts(
-            scores_E, budget.experts, n_group=geometry.n_group, protected=protected.get(block.prefix, ()),
-            layer=block.layer,
-        )  # fmt: skip
-        layers[block.prefix] = LayerPlan(layer=block.layer, kept=kept, top_k=None if top_k == geometry.top_k else top_k)
+        sets = [(criterion, block.prefix, block.router, block.layer)]
+        if block.twin is not None:
+            sets.append((unprofiled, block.twin.prefix, block.twin.router, geometry.num_layers + block.layer))
+        for judge, prefix, router, draw in sets:
+            scores_E = _scores(judge, prefix, router, draw, checkpoint, geometry, profile, domain_weights, seed)
+            kept = select_experts(
+                scores_E, budget.experts, n_group=geometry.n_group, protected=protected.get(prefix, ()),
+                layer=block.layer,
+            )  # fmt: skip
+            layers[prefix] = LayerPlan(layer=block.layer, kept=kept, top_k=None if top_k == geometry.top_k else top_k)
     plan = Plan(
         source=Source(name=_text(checkpoint.name), fingerprint=own),
         layers=layers,
@@ -136,7 +148,9 @@ def _super_experts(profile: Profile, geometry: Geometry) -> Protected:
 
 def _scores(
     criterion: Criterion,
-    block: MoeBlock,
+    prefix: str,
+    router: str,
+    draw: int,
     checkpoint: Checkpoint,
     geometry: Geometry,
     profile: Profile | None,
@@ -145,11 +159,12 @@ def _scores(
 ) -> Scores:
     if criterion.needs_profile:
         assert profile is not None
-        return criterion.score(profile.layer(block.prefix, domain_weights))
+        return criterion.score(profile.layer(prefix, domain_weights))
     if criterion.needs_weights:
-        router_EH = read_array(checkpoint, block.router)[: geometry.num_experts].astype(np.float64)
+        stored = read_array(checkpoint, router).astype(np.float64)
+        router_EH = (stored.T if geometry.family.router_axis else stored)[: geometry.num_experts]
         return criterion.score(WeightStats(router_norm=np.linalg.norm(router_EH, axis=1)))
-    return criterion.score(PatternStats(geometry.num_experts, block.layer, seed))
+    return criterion.score(PatternStats(geometry.num_experts, draw, seed))
 
 
 def _provenance(

@@ -47,7 +47,7 @@ class Source(_Record):
 
 
 class Plan(_Record):
-    """Kept experts of every MoE block of the trunk, by prefix, in layer order.
+    """Kept experts of every MoE block of the trunk, by prefix, in layer order; of every set where it has two.
 
     Blocks of multi-token-prediction layers may be absent: they keep what the last layer of the trunk keeps.
     """
@@ -117,24 +117,29 @@ class Plan(_Record):
 
 
 def kept_by_block(plan: Plan, geometry: Geometry) -> dict[str, tuple[int, ...]]:
-    """Return the kept ids of every block of the geometry, multi-token-prediction blocks included.
+    """Return the kept ids of every set of experts of the geometry, multi-token-prediction blocks included.
 
     Entries for multi-token-prediction blocks that the checkpoint lacks are ignored: quantised siblings often lack them.
 
     Raises:
         PlanError: the plan lacks a block of the trunk, or names a block or layer number that the model has not.
     """
+    keys = geometry.keys
     for prefix, entry in plan.layers.items():
-        block = geometry.blocks.get(prefix)
+        block = keys.get(prefix)
         if block is None and entry.layer < geometry.num_layers:
             raise PlanError(f"the plan names {shown(prefix)} (layer {entry.layer}), which the model lacks", _AGAIN)
         if block is not None and block.layer != entry.layer:
             raise PlanError(f"{prefix}: the plan says layer {entry.layer}, the model layer {block.layer}", _AGAIN)
     for block in geometry.trunk:
-        if block.prefix not in plan.layers:
-            raise PlanError(f"the plan lacks {block.prefix} (layer {block.layer})", _AGAIN)
-    lockstep = plan.layers[geometry.trunk[-1].prefix]
-    return {prefix: plan.layers.get(prefix, lockstep).kept for prefix in geometry.blocks}
+        if lost := [key for key in block.keys if key not in plan.layers]:
+            raise PlanError(f"the plan lacks {lost[0]} (layer {block.layer})", _AGAIN)
+    lockstep = [plan.layers[key] for key in geometry.trunk[-1].keys]
+    return {
+        key: plan.layers.get(key, stand_in).kept
+        for block in geometry.blocks.values()
+        for key, stand_in in zip(block.keys, lockstep, strict=True)
+    }
 
 
 def dropped_tensors(plan: Plan, geometry: Geometry) -> frozenset[str]:
@@ -148,9 +153,9 @@ def validate(plan: Plan, geometry: Geometry) -> None:
     Raises:
         PlanError: naming the layer, found against expected.
     """
-    expected = plan.experts
+    expected, keys = plan.experts, geometry.keys
     for prefix, kept in kept_by_block(plan, geometry).items():
-        where = f"layer {geometry.blocks[prefix].layer}"
+        where = f"layer {keys[prefix].layer}"
         _check_ids(kept, where, geometry.num_experts)
         if len(kept) != expected:
             raise PlanError(

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from expertcut.errors import UsageError
-from expertcut.model import Geometry
+from expertcut.model import Geometry, MoeBlock
 
 Protected = dict[str, frozenset[int]]
 """Prefix of a MoE block → protected ids; blocks without any are absent."""
@@ -26,6 +26,8 @@ _ENTRY = re.compile(r"(?:(?P<layer>\d+):)?(?P<ids>\d+(?:,\d+)*)", re.ASCII)
 def parse_protect(entries: Iterable[str], geometry: Geometry) -> Protected:
     """Parse `LAYER:ID[,ID…]` (absolute layer number) and `ID[,ID…]` (in every layer).
 
+    Ids are those on disk: where a block has two sets of experts, the second set's follow the first's.
+
     Raises:
         UsageError: an entry is neither, or names a layer or an expert that the model lacks.
     """
@@ -37,10 +39,14 @@ def parse_protect(entries: Iterable[str], geometry: Geometry) -> Protected:
                 f"--protect {entry!r}: expected LAYER:ID[,ID…] or ID[,ID…]", "for example --protect 3:17,42"
             )
         ids = {int(i) for i in match["ids"].split(",")}
-        if max(ids) >= geometry.num_experts:
-            raise UsageError(f"--protect {entry}: expert {max(ids)}, but ids end at {geometry.num_experts - 1}")
-        for prefix in _prefixes(entry, match["layer"], geometry):
-            found.setdefault(prefix, set()).update(ids)
+        experts = geometry.num_experts
+        if max(ids) >= experts * geometry.family.sets:
+            raise UsageError(
+                f"--protect {entry}: expert {max(ids)}, but ids end at {experts * geometry.family.sets - 1}"
+            )
+        for block in _blocks(entry, match["layer"], geometry):
+            for e in ids:
+                found.setdefault(block.keys[e // experts], set()).add(e % experts)
     return {prefix: frozenset(ids) for prefix, ids in found.items()}
 
 
@@ -62,9 +68,9 @@ def union(first: Protected, second: Protected) -> Protected:
     return {p: first.get(p, nothing) | second.get(p, nothing) for p in {**first, **second}}
 
 
-def _prefixes(entry: str, layer: str | None, geometry: Geometry) -> list[str]:
+def _blocks(entry: str, layer: str | None, geometry: Geometry) -> list[MoeBlock]:
     if layer is None:
-        return [block.prefix for block in geometry.trunk]
+        return list(geometry.trunk)
     found = [block for block in geometry.blocks.values() if block.layer == int(layer)]
     if not found:
         layers = ", ".join(str(block.layer) for block in geometry.trunk)
@@ -75,4 +81,4 @@ def _prefixes(entry: str, layer: str | None, geometry: Geometry) -> list[str]:
             f"--protect {entry}: layer {layer} predicts further tokens and keeps the experts that layer {last} keeps",
             f"protect them in layer {last}",
         )
-    return [block.prefix for block in found]
+    return found

@@ -98,7 +98,12 @@ def _show_plan(out: Output, path: Path, verbose: bool) -> None:
     document = {"plan": str(path), **plan.model_dump(mode="json", by_alias=True, exclude_none=True)}
     parts: list[Any] = [facts(_plan_rows(path, plan))]
     if verbose:
-        rows = [(entry.layer, len(entry.kept), ranges(entry.kept)) for entry in plan.layers.values()]
+        layers = [entry.layer for entry in plan.layers.values()]
+        rows = [
+            (entry.layer if layers.count(entry.layer) == 1 else f"{entry.layer} {prefix.rpartition('.')[2]}",
+             len(entry.kept), ranges(entry.kept))
+            for prefix, entry in plan.layers.items()
+        ]  # fmt: skip
         parts += ["", table((">layer", ">kept", "experts"), rows)]
     out.finish(document, *parts)
 
@@ -111,7 +116,7 @@ def _plan_rows(path: Path, plan: Plan) -> list[tuple[str, object]]:
     rows: list[tuple[str, object]] = [
         ("plan", path),
         ("model", plan.source.name),
-        ("layers", ranges(sorted(entry.layer for entry in plan.layers.values()))),
+        ("layers", ranges(sorted({entry.layer for entry in plan.layers.values()}))),
         ("experts kept per layer", " to ".join(map(str, counts[:1] + counts[1:][-1:]))),
         ("top-k", top_k or "unchanged"),
     ]

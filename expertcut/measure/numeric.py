@@ -61,7 +61,8 @@ def verify_numeric(
     spread = float(torch.cat(list(found.values())).std()) or 1.0
     with closing(stream(source, geometry)) as old:
         variant, everything = Variant(old, plan), Variant(old, _all_kept(plan, geometry))
-        kept = {geometry.blocks[prefix].layer: ids for prefix, ids in kept_by_block(plan, geometry).items()}
+        by_prefix = kept_by_block(plan, geometry)
+        kept = {block.layer: by_prefix[prefix] for prefix, block in geometry.blocks.items()}
         uses = _Uses(geometry, kept)
 
         def tracks(index: int, layer: nn.Module) -> list[nn.Module]:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from expertcut.calibrate import hf
-from expertcut.calibrate.executor import LayerStream, find_experts, find_layers
+from expertcut.calibrate.executor import LayerStream, find_experts, find_layers, idle_experts
 from expertcut.checkpoint import read_array
 from expertcut.choose.plan import Plan, kept_by_block
 from expertcut.model.hashing import remap, stand_ins
@@ -54,7 +54,7 @@ class Variant:
     def layer(self, index: int, base: nn.Module) -> nn.Module:
         """Return the layer of this variant; valid as long as the base's layer is."""
         layer = copy.deepcopy(self._layers[index])
-        experts = find_experts(base)
+        experts, idle = find_experts(base), idle_experts(base)
         if experts is not None:
             device, geometry = next(base.parameters()).device, self._stream.geometry
             tail = range(geometry.num_experts, geometry.num_experts + geometry.tail)
@@ -63,8 +63,8 @@ class Variant:
             setattr(layer.get_submodule(parent), leaf, _Renumbered(base.get_submodule(experts), kept))
         for name, tensor in (*base.named_parameters(), *base.named_buffers()):
             path, _, leaf = name.rpartition(".")
-            if experts is not None and name.startswith(experts + "."):
-                continue
+            if experts is not None and name.startswith((experts + ".", *idle)):
+                continue  # those that text does not use stay empty
             owner = layer.get_submodule(path)
             store = owner._parameters if leaf in owner._parameters else owner._buffers
             mine = store[leaf]

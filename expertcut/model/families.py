@@ -62,6 +62,11 @@ class Family:
     """Module below the block whose numbered children are the experts; empty: there are only fused ones."""
     router: str = "gate"
     """Router module below the block; its `weight` has one row per expert."""
+    router_axis: int = 0
+    """Axis of the router's weight that counts experts; 1 where it is stored transposed."""
+    twin: tuple[str, str] | None = None
+    """A second set of as many experts, which text does not use, numbered behind the first in the same list: the name
+    below the block under which plans keep it, and its router's weight. The correction bias has a row for each set."""
     sliced: tuple[tuple[str, int], ...] = ()
     """(pattern, axis) of further tensors that have an expert axis: biases, fused 3-D experts."""
     flattened: tuple[str, ...] = ()
@@ -94,6 +99,11 @@ class Family:
     """The tail is one class that means to skip the block; transformers reports it as expert 0 with weight 0."""
     fixed_top_k: bool = False
     """The router knows one top-k only."""
+
+    @property
+    def sets(self) -> int:
+        """Sets of experts in every block."""
+        return 2 if self.twin else 1
 
 
 _FUSED = (("experts.*", 0),)
@@ -187,6 +197,12 @@ FAMILIES: tuple[Family, ...] = (
         sliced=(("moe_statics.e_score_correction_bias", 1), *_FUSED), renormalise=True,
         correction_bias="moe_statics.e_score_correction_bias",
         live=("gate", "gate.moe_statics.e_score_correction_bias"),
+    ),
+    _softmax(
+        "ernie4_5_vl_moe", "ernie4_5_moe_vl", "ernie4_5_vl_moe_text", experts=("moe_num_experts", "num_experts"),
+        top_k=("moe_k", "num_experts_per_tok"), router_axis=1, twin=("vision_moe", "gate.weight_1"), sliced=(),
+        renormalise=True, correction_bias="moe_statics.e_score_correction_bias",
+        live=("text_moe.gate", "text_moe.gate.moe_statics.e_score_correction_bias"),
     ),
     _softmax(
         "zaya", router="gate.router_mlp.out_proj", tail=1, sliced=(("gate.balancing_biases", 0), *_FUSED),
@@ -294,13 +310,11 @@ FAMILIES: tuple[Family, ...] = (
 )  # fmt: skip
 
 REFUSED: Mapping[str, str] = {
-    "doge": "its experts are the cells of a √E × √E grid that shares 2·√E router rows, so that single ones cannot go",
-    "jetmoe": "its attention is a second set of experts under the same config keys, so that one count holds for both",
-    "ernie4_5_vl_moe": "every layer has two sets of experts, for text and for images, and text cannot rank the second",
-    "nemotron_h_puzzle": "every layer has an expert count and a top-k of its own (block_configs)",
+    "doge": "its experts are the cells of a √E × √E grid of 2·√E router rows: only whole rows or columns could go",
+    "jetmoe": "its attention is made of routed experts too; one config key counts both, and no profile sees those",
+    "nemotron_h_puzzle": "every layer has an expert count and a top-k of its own (block_configs); plans have one",
 }
 """Model types that are known and not supported, and why."""
-_REFUSED_NAMES = {"ernie4_5_moe_vl": "ernie4_5_vl_moe", "ernie4_5_vl_moe_text": "ernie4_5_vl_moe"}
 
 BY_TYPE: Mapping[str, Family] = {name: row for row in FAMILIES for name in (row.model_type, *row.aliases)}
 """The row of every supported model type."""
@@ -318,7 +332,7 @@ def resolve_family(config: Mapping[str, Any]) -> Family:
         raise ConfigConflictError("config.json: no model_type", "add the model_type that transformers uses")
     parts = (dig(config, path) or {} for path in ROOTS[1:])
     for name in (model_type, *(str(part.get("model_type")) for part in parts)):
-        if reason := REFUSED.get(_REFUSED_NAMES.get(name, name)):
+        if reason := REFUSED.get(name):
             raise UnknownTensorError(f"config.json: model_type {name!r} is not supported: {reason}")
         if name in BY_TYPE:
             row = BY_TYPE[name]

@@ -8,7 +8,7 @@ does an expert's tensor outside of every known block.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -36,7 +36,7 @@ class ExpertTensor:
 
     block: str
     expert: int
-    """Number on disk; those of the tail are the expert count and up."""
+    """Number on disk; those of the tail, or of the second set of experts, are the expert count and up."""
     part: str
     """What follows the expert's number, e.g. `up_proj.weight`."""
 
@@ -50,6 +50,8 @@ class Sliced:
     unit: int = 1
     tail: int = 0
     """Rows behind those of the experts, always kept; only with unit 1."""
+    sets: int = 1
+    """2: the axis before has a row for each of the block's two sets of experts, which keep different ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,16 @@ WHOLE = Whole()
 
 
 @dataclass(frozen=True, slots=True)
+class Twin:
+    """A block's second set of experts, as many as the first; text does not use it, so no profile knows it."""
+
+    prefix: str
+    """The key of plans, e.g. `model.layers.3.mlp.vision_moe`."""
+    router: str
+    """Name of its router's weight."""
+
+
+@dataclass(frozen=True, slots=True)
 class MoeBlock:
     """One MoE block of one decoder layer."""
 
@@ -73,11 +85,17 @@ class MoeBlock:
     """Absolute layer number; layers of a separate multi-token-prediction stack count on behind the trunk."""
     mtp: bool
     router: str
-    """Name of the router's weight, shape (E + tail, H)."""
+    """Name of the router's weight, shape (E + tail, H), transposed if the family says so."""
     expert_prefix: str
     """What stands before an expert's number, e.g. `model.layers.3.mlp.experts.`."""
     tensors: tuple[str, ...]
-    """All expert, sliced and remapped tensors, in checkpoint order."""
+    """All expert, sliced and remapped tensors, in checkpoint order; those of the twin included."""
+    twin: Twin | None = None
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The prefixes under which plans keep the block's sets of experts."""
+        return (self.prefix, self.twin.prefix) if self.twin else (self.prefix,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,14 +145,29 @@ class Geometry:
         stacks = {place["stack"] for block in self.trunk if (place := _LAYER.match(block.router))}
         return tuple(name for name in self.roles if _is_mtp(name, self.num_layers, stacks))
 
+    @property
+    def keys(self) -> Mapping[str, MoeBlock]:
+        """The block of every set of experts, by the prefix under which plans keep it, in the order of `blocks`."""
+        return {key: block for block in self.blocks.values() for key in block.keys}
+
+    def numbers(self, block: MoeBlock, kept: Mapping[str, Sequence[int]]) -> tuple[int, ...]:
+        """Return a block's kept experts by their numbers on disk, in the order of their new ones: set behind set.
+
+        `kept` holds the kept ids of every set of experts, by its key.
+        """
+        return tuple(place * self.num_experts + e for place, key in enumerate(block.keys) for e in kept[key])
+
     def expert_nbytes(self, checkpoint: Checkpoint, prefix: str) -> int:
-        """Bytes that dropping one expert of a block saves, its router row included (mean over the block's experts)."""
+        """Bytes that dropping one expert of a block saves, its router row included (mean over the block's experts).
+
+        With a twin: one of either set.
+        """
         total = 0
         for name in self.blocks[prefix].tensors:
             role, nbytes = self.roles[name], checkpoint.tensors[name].nbytes
             if isinstance(role, Sliced):
                 total += nbytes * self.num_experts // (self.num_experts + role.tail)
-            elif isinstance(role, ExpertTensor) and role.expert < self.num_experts:
+            elif isinstance(role, ExpertTensor) and role.expert < self.num_experts * self.family.sets:
                 total += nbytes
         return total // self.num_experts
 
@@ -188,7 +221,7 @@ def read_geometry(checkpoint: Checkpoint) -> Geometry:
     )
     return Geometry(
         family, roles, blocks, experts, top_k, n_group, topk_group,
-        numbers.first(HIDDEN_KEYS), numbers.first(family.width), layers, renormalise, tail,
+        numbers.first(HIDDEN_KEYS), numbers.first(family.width, per_set=family.sets > 1), layers, renormalise, tail,
     )  # fmt: skip
 
 
@@ -235,9 +268,19 @@ class _Classifier:
         for (mtp, layer, base), names in sorted(members.items()):
             inside = base + self.inside
             prefix, expert = inside.rstrip("."), f"{self.family.expert}." if self.family.expert else ""
-            blocks[prefix] = MoeBlock(prefix, layer, mtp, inside + self.router, inside + expert, tuple(names))
+            blocks[prefix] = MoeBlock(
+                prefix, layer, mtp, inside + self.router, inside + expert, tuple(names), self._twin(prefix, inside)
+            )
             self._check_block(blocks[prefix], roles)
         return roles, blocks
+
+    def _twin(self, prefix: str, inside: str) -> Twin | None:
+        if self.family.twin is None:
+            return None
+        name, router = self.family.twin
+        if inside + router not in self.checkpoint.tensors:
+            raise ConfigConflictError(f"{inside}{router} is missing: {prefix} has one router only, expected two")
+        return Twin(f"{prefix}.{name}", inside + router)
 
     def _order(self, name: str, place: re.Match[str], base: str) -> tuple[bool, int, str]:
         layer, separate = int(place["layer"]), _MTP.search(base) is not None
@@ -255,12 +298,19 @@ class _Classifier:
         head, _, below = rest.partition(f"{family.expert}.") if family.expert else (rest, "", "")
         number, _, part = below.partition(".")
         if not head and number.isdecimal() and part:
-            if int(number) >= experts + self.tail:
+            if int(number) >= experts * family.sets + self.tail:
                 raise ConfigConflictError(f"{tensor.name}: expert {number}, but the config counts {experts} experts")
             return ExpertTensor(prefix, int(number), part)
-        for pattern, axis in ((self.router, 0), *family.sliced):
+        for pattern, axis in ((self.router, family.router_axis), *family.sliced):
             if fnmatchcase(rest, pattern):
                 return self._sliced(tensor, prefix, axis)
+        if family.twin and rest == family.twin[1]:
+            return self._sliced(tensor, f"{prefix}.{family.twin[0]}", family.router_axis)
+        if family.twin and rest == family.correction_bias:
+            if tensor.shape != (family.sets, experts):
+                expected = [family.sets, experts]
+                raise ConfigConflictError(f"{tensor.name}: shape {list(tensor.shape)}, expected {expected}")
+            return Sliced(prefix, 1, sets=family.sets)
         if any(fnmatchcase(rest, pattern) for pattern in family.flattened):
             if not tensor.shape or tensor.shape[0] % experts:
                 raise ConfigConflictError(
@@ -289,18 +339,18 @@ class _Classifier:
 
     def _check_block(self, block: MoeBlock, roles: Mapping[str, Role]) -> None:
         parts: dict[str, set[int]] = {}
-        fused = False
+        fused, everything = False, set(range(self.experts * self.family.sets))
         for name in block.tensors:
             role = roles[name]
-            if isinstance(role, ExpertTensor) and role.expert < self.experts:
+            if isinstance(role, ExpertTensor) and role.expert in everything:
                 parts.setdefault(role.part, set()).add(role.expert)
             elif isinstance(role, Sliced):
                 fused |= role.unit > 1 or len(self.checkpoint.tensors[name].shape) > 2
         for part, ids in parts.items():
-            if len(ids) != self.experts:
-                lost = min(set(range(self.experts)) - ids)
+            if ids != everything:
                 raise ConfigConflictError(
-                    f"{block.expert_prefix}{lost}.{part} is missing: found {len(ids)} of {self.experts} experts"
+                    f"{block.expert_prefix}{min(everything - ids)}.{part} is missing: "
+                    f"found {len(ids)} of {len(everything)} experts"
                 )
         if not parts and not fused:
             raise ConfigConflictError(f"block {block.prefix} has a router but no experts")

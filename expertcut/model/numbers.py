@@ -30,12 +30,12 @@ class Numbers:
             )
         return next(iter(present.values()))
 
-    def first(self, keys: tuple[str, ...]) -> int:
-        """The number under the first present key."""
+    def first(self, keys: tuple[str, ...], per_set: bool = False) -> int:
+        """The number under the first present key; of a list with an entry per set of experts the first set's."""
         for scope in (self.scope, self.top):
             for key in keys:
-                if scope.get(key) is not None:
-                    return _number(scope, key)
+                if (found := scope.get(key)) is not None:
+                    return _number({key: found[:1]} if per_set and isinstance(found, list) else scope, key)
         raise ConfigConflictError(f"config.json: none of {', '.join(keys)} is set")
 
     def layers(self) -> int:

@@ -8,7 +8,7 @@ from math import prod
 
 from expertcut.checkpoint.types import Checkpoint
 from expertcut.model.fingerprint import geometry_hash
-from expertcut.model.geometry import Geometry
+from expertcut.model.geometry import ExpertTensor, Geometry
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Summary:
     parameters: int | None
     """Elements of all tensors; None if the weights are quantised, where elements are not parameters."""
     activated: int | None
-    """Parameters without the routed experts that a token does not use."""
+    """Parameters without the routed experts that a token does not use; of text, where images have their own."""
     dtypes: dict[str, int]
     """dtype → bytes, largest first."""
     shards: int
@@ -55,7 +55,9 @@ def summarise(checkpoint: Checkpoint, geometry: Geometry) -> Summary:
         scope = scope[key]
     sizes = {name: prod(tensor.shape) for name, tensor in checkpoint.tensors.items()}
     routed = [name for block in geometry.blocks.values() for name in block.tensors]
-    unused = sum(sizes[name] for name in routed) * (geometry.num_experts - geometry.top_k) // geometry.num_experts
+    idle = sum(sizes[name] for name in routed if _is_second(geometry, name))
+    share = geometry.num_experts - geometry.top_k
+    unused = idle + (sum(sizes[name] for name in routed) - idle) * share // geometry.num_experts
     plain = not (checkpoint.config.get("quantization_config") or scope.get("quantization_config"))
     dtypes: Counter[str] = Counter()
     for tensor in checkpoint.tensors.values():
@@ -70,6 +72,12 @@ def summarise(checkpoint: Checkpoint, geometry: Geometry) -> Summary:
         sum(sizes.values()) if plain else None, sum(sizes.values()) - unused if plain else None,
         dict(dtypes.most_common()), len(checkpoint.shards), geometry_hash(geometry),
     )  # fmt: skip
+
+
+def _is_second(geometry: Geometry, name: str) -> bool:
+    """True for a tensor of an expert that text does not use."""
+    role = geometry.roles[name]
+    return geometry.family.sets > 1 and isinstance(role, ExpertTensor) and role.expert >= geometry.num_experts
 
 
 def max_positions(checkpoint: Checkpoint, geometry: Geometry) -> int | None:

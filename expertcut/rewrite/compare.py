@@ -38,7 +38,8 @@ class Survivor:
     shape: tuple[int, ...]
     kept: Sequence[int] | None = None
     """For a sliced tensor the kept rows, in units of an expert's; otherwise all bytes must be equal."""
-    axis: int = 0
+    slabs: int = 1
+    """How often such rows occur, one batch behind the other."""
     remap: StandIns | None = None
     """For a table of expert ids: who takes over from whom."""
 
@@ -58,19 +59,21 @@ def survivors(
     `dropped` names tensors that go altogether.
     """
     tail = tuple(range(geometry.num_experts, geometry.num_experts + geometry.tail))
+    numbers = {prefix: geometry.numbers(block, kept) for prefix, block in geometry.blocks.items()}
     for name, role in geometry.roles.items():
         old = source.tensors[name]
         if name in dropped:
             continue
         if isinstance(role, ExpertTensor):
-            ids = (*kept[role.block], *tail)
+            ids = (*numbers[role.block], *tail)
             if role.expert in ids:
                 new = f"{geometry.blocks[role.block].expert_prefix}{ids.index(role.expert)}.{role.part}"
                 yield Survivor(new, old, old.shape)
         elif isinstance(role, Sliced):
-            ids, axis = (*kept[role.block], *tail[: role.tail]), role.axis
-            shape = (*old.shape[:axis], len(ids) * role.unit, *old.shape[axis + 1 :])
-            yield Survivor(name, old, shape, ids, axis)
+            ids = numbers[role.block] if role.sets > 1 else (*kept[role.block], *tail[: role.tail])
+            before, behind = old.shape[: role.axis], old.shape[role.axis + 1 :]
+            shape = (*before, len(ids) * role.unit // role.sets, *behind)
+            yield Survivor(name, old, shape, ids, prod(before) // role.sets)
         elif isinstance(role, Remapped):
             who = stand_ins(read_array(source, geometry.blocks[role.block].router), kept[role.block])
             yield Survivor(name, old, (old.shape[0], min(top_k or geometry.top_k, *old.shape[1:])), remap=who)
@@ -133,14 +136,14 @@ def wrong_files(ckpt: Checkpoint, expected: Mapping[str, bytes]) -> Iterator[str
 
 
 def _equal(survivor: Survivor, found: TensorInfo, old: _Reader, new: _Reader) -> bool:
-    source, axis = survivor.source, survivor.axis
+    source = survivor.source
     if survivor.remap is not None:
         before = table_of_ids(old.read(source.shard, source.start, source.nbytes).tobytes(), source)
         after = table_of_ids(new.read(found.shard, found.start, found.nbytes).tobytes(), found)
         return np.array_equal(remap(before, survivor.remap, survivor.shape[1]), after)
     if survivor.kept is None or not found.nbytes:
         return _ranges_equal(old, source.shard, source.start, new, found.shard, found.start, found.nbytes)
-    slabs, count = prod(source.shape[:axis]), len(survivor.kept)
+    slabs, count = survivor.slabs, len(survivor.kept)
     part = found.nbytes // (slabs * count)
     experts = source.nbytes // (slabs * part)
     if part >= SHORT:

@@ -42,6 +42,7 @@ def differences(old: Any, new: Any, path: tuple[str, ...] = ()) -> Iterator[Edit
 
 
 def describe(edit: Edit) -> str:
-    """One line for people: `num_experts 8 → 4`, and of lists and objects their numbers of entries."""
-    old, new = (f"{len(v)} entries" if isinstance(v, (list, dict)) else v for v in (edit.old, edit.new))
+    """One line for people: `num_experts 8 → 4`, and of long lists and objects their numbers of entries."""
+    long = any(isinstance(v, (list, dict)) and len(str(v)) > 40 for v in (edit.old, edit.new))
+    old, new = (f"{len(v)} entries" if long else v for v in (edit.old, edit.new))
     return f"{'.'.join(edit.path)} {old} → {new}"

@@ -219,7 +219,8 @@ def out_tensors(
         CheckpointError: a tensor cannot be cut at byte borders, or a table of expert ids is none.
     """
     tail = range(geometry.num_experts, geometry.num_experts + geometry.tail)
-    renumber = {prefix: {old: new for new, old in enumerate((*ids, *tail))} for prefix, ids in kept.items()}
+    numbers = {prefix: geometry.numbers(block, kept) for prefix, block in geometry.blocks.items()}
+    renumber = {prefix: {old: new for new, old in enumerate((*ids, *tail))} for prefix, ids in numbers.items()}
     for name, role in geometry.roles.items():
         source = ckpt.tensors[name]
         if name in dropped:
@@ -230,7 +231,8 @@ def out_tensors(
                 prefix = geometry.blocks[role.block].expert_prefix
                 yield OutTensor(f"{prefix}{new}.{role.part}", source, source.shape, source.nbytes)
         elif isinstance(role, Sliced):
-            yield _sliced(source, role, (*kept[role.block], *tail[: role.tail]))
+            ids = numbers[role.block] if role.sets > 1 else (*kept[role.block], *tail[: role.tail])
+            yield _sliced(source, role, ids)
         elif isinstance(role, Remapped):
             router = read_array(ckpt, geometry.blocks[role.block].router)
             yield _remapped(source, stand_ins(router, kept[role.block]), top_k or geometry.top_k)
@@ -253,12 +255,12 @@ def pack(tensors: Iterable[OutTensor], max_shard_size: int) -> Iterator[list[Out
 
 def _sliced(source: TensorInfo, role: Sliced, kept: Sequence[int]) -> OutTensor:
     shape = list(source.shape)
-    slabs = prod(shape[: role.axis])
+    slabs = prod(shape[: role.axis]) // role.sets
     bits = role.unit * prod(shape[role.axis + 1 :]) * DTYPE_BITS[source.dtype]
     if bits % 8:
         raise CheckpointError(f"{source.shard}: tensor {source.name}: an expert's part is {bits} bits, not whole bytes")
     part = bits // 8
-    shape[role.axis] = len(kept) * role.unit
+    shape[role.axis] = len(kept) * role.unit // role.sets
     runs = _runs(kept, part)
     stride = source.nbytes // slabs if slabs else 0
     whole = runs == ((0, stride),)

@@ -75,7 +75,7 @@ class _Block:
                 yield new, part, f"{self.prefix}{old}.{part}", f"{self.prefix}{new}.{part}"
 
     def dropped(self, experts: int) -> Iterator[str]:
-        """Yield the names of the modules that go."""
+        """Yield the names of the modules that go, of `experts` numbers on disk."""
         for old in sorted(set(range(experts)) - set(self.ids)):
             for part in self.parts:
                 yield f"{self.prefix}{old}.{part}"
@@ -85,6 +85,7 @@ class _Rewriter:
     def __init__(self, geometry: Geometry, kept: Mapping[str, Sequence[int]], file: str = "config.json") -> None:
         self.geometry, self.kept, self.file = geometry, kept, file
         self.word = re.escape(geometry.family.expert or "experts")
+        self._experts = geometry.num_experts * geometry.family.sets
         self._meant: dict[str, list[_Block]] = {}
         self._numbered = re.compile(rf"(?P<before>(?:.*\.)?{self.word}\.)(?P<id>\d+)(?P<after>(?:\..+)?)")
 
@@ -182,7 +183,7 @@ class _Rewriter:
                 same = same and hit == bool(matches(after))
                 if hit:
                     old.setdefault(block, {}).setdefault(number, []).append(part)
-            stale = stale or (not old and any(matches(name) for name in block.dropped(self.geometry.num_experts)))
+            stale = stale or (not old and any(matches(name) for name in block.dropped(self._experts)))
         if same and (old or not stale):
             return [text] if old or near else self._under_root(text, sign, body, key)
         return self._renumbered(sign, body, key, old) or self._spelled_out(text, key, old)
@@ -266,11 +267,12 @@ class _Rewriter:
         for role in self.geometry.roles.values():
             if isinstance(role, ExpertTensor):
                 parts[role.block][role.part.rpartition(".")[0]] = None
-                if role.expert >= self.geometry.num_experts:  # behind the routed ones, always kept
+                if role.expert >= self._experts:  # behind the routed ones, always kept
                     tails[role.block][role.expert] = None
+        ids = {prefix: self.geometry.numbers(block, self.kept) for prefix, block in self.geometry.blocks.items()}
         fused = ("gate_proj", "up_proj", "down_proj")
         return [
-            _Block(block.expert_prefix, (*self.kept[prefix], *sorted(tails[prefix])), tuple(parts[prefix]) or fused)
+            _Block(block.expert_prefix, (*ids[prefix], *sorted(tails[prefix])), tuple(parts[prefix]) or fused)
             for prefix, block in self.geometry.blocks.items()
         ]
 

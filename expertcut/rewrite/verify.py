@@ -64,7 +64,8 @@ def verify_structure(out: str | Path | Checkpoint, source: Checkpoint | None = N
     ]
     try:
         geometry = read_geometry(ckpt)
-        experts = f"0..{geometry.num_experts - 1} in {len(geometry.blocks)} blocks; routers, biases and config agree"
+        last = geometry.num_experts * geometry.family.sets - 1
+        experts = f"0..{last} in {len(geometry.blocks)} blocks; routers, biases and config agree"
         routable = f"top-{geometry.top_k} of {geometry.num_experts} experts can be reached"
         checks.append(Check("experts", True, experts))
         checks.append(_check("routing", _unroutable(geometry), routable))

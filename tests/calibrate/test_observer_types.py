@@ -76,7 +76,7 @@ class Rule:
         if self.name == "gpt_oss":
             return np.zeros(size)
         found = [t for k, t in self.biases.items() if re.search(rf"(layers|blocks)\.{layer}\.", k)]
-        return found[0] if found else np.zeros(size)
+        return found[0][:size] if found else np.zeros(size)  # Ernie-VL's holds that of its second router too
 
     def score(self, logits: Array) -> Array:
         """Weights before any choice, (E,)."""
@@ -148,7 +148,7 @@ def routers(model: torch.nn.Module) -> dict[int, Any]:
     """Routers by layer: what stands beside a module called experts."""
     found: dict[int, Any] = {}
     for name, _ in model.named_modules():
-        path = re.fullmatch(r"(.*(?:layers|blocks)\.(\d+)(?:\.\w+)?)\.experts", name)
+        path = re.fullmatch(r"(.*(?:layers|blocks)\.(\d+)(?:\.\w+){0,2})\.experts", name)
         if path and "vision" not in name and "talker" not in name:
             block = model.get_submodule(path[1])
             router = getattr(block, "router", None) or getattr(block, "gate", None)

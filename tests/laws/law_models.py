@@ -50,7 +50,11 @@ class Model:
 
     def plan(self, kept: Sequence[int], top_k: int | None = None) -> Plan:
         """The same experts in every layer."""
-        layers = {b.prefix: LayerPlan(layer=b.layer, kept=tuple(kept), top_k=top_k) for b in self.geometry.trunk}
+        layers = {
+            prefix: LayerPlan(layer=b.layer, kept=tuple(kept), top_k=top_k)
+            for b in self.geometry.trunk
+            for prefix in b.keys
+        }
         source = Source(name="model", fingerprint=fingerprint(self.checkpoint, self.geometry))
         return Plan(source=source, layers=layers)
 

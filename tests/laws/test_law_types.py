@@ -58,6 +58,8 @@ def load(name: str, folder: Path) -> Any:
 @torch.no_grad()
 def logits(name: str, model: Any) -> torch.Tensor:
     more = {"decoder_input_ids": IDS} if name == "diffusion_gemma" else {}
+    if name == "ernie4_5_vl_moe":
+        more = {"moe_mm_token_type_ids": (IDS % 3 == 0).int()}  # every third token goes to the experts for images
     part = model.thinker if name == "qwen3_omni_moe" else model
     found: torch.Tensor = part(input_ids=IDS, **more).logits
     return found
@@ -87,23 +89,26 @@ class Narrowing:
 
     def __init__(self, model: Model, plan: Plan, source: State, smaller: State) -> None:
         self.geometry, self.source = model.geometry, source
-        self.kept = {entry.layer: entry.kept for entry in plan.layers.values()}
+        self.kept = {(entry.layer, "vision_moe" in prefix): entry.kept for prefix, entry in plan.layers.items()}
         assert source.keys() == smaller.keys()
         self.cut = [n for n in source if source[n].shape != smaller[n].shape]
         self.axis = {n: _differing(source[n], smaller[n]) for n in self.cut}
         self.tables = {
-            layer_of(n): by_likeness(t, read_array(model.checkpoint, self._router(n)), self.kept[layer_of(n)])
+            layer_of(n): by_likeness(t, read_array(model.checkpoint, self._router(n)), self._kept(n))
             for n, t in source.items() if n.endswith("tid2eid")
         }  # fmt: skip
 
     def _router(self, name: str) -> str:
         return next(block.router for block in self.geometry.trunk if block.layer == layer_of(name))
 
+    def _kept(self, name: str) -> tuple[int, ...]:
+        return self.kept[layer_of(name), "vision_moe" in name]
+
     def rows(self, name: str) -> list[int]:
         """Indices along the axis that is cut: the kept experts' units, and what lies behind the experts."""
         experts, length = self.geometry.num_experts, self.source[name].shape[self.axis[name]]
         unit = 1 if length < 2 * experts else length // experts
-        kept = [e * unit + i for e in self.kept[layer_of(name)] for i in range(unit)]
+        kept = [e * unit + i for e in self._kept(name) for i in range(unit)]
         return kept + list(range(experts * unit, length))
 
     def state(self) -> State:
@@ -113,8 +118,7 @@ class Narrowing:
             state[name] = state[name].index_select(self.axis[name], torch.tensor(self.rows(name)))
         for name in state:
             if name.endswith("tid2eid"):
-                kept = self.kept[layer_of(name)]
-                state[name] = self.tables[layer_of(name)].apply_(kept.index)
+                state[name] = self.tables[layer_of(name)].apply_(self._kept(name).index)
         return state
 
     def routers(self) -> list[str]:
