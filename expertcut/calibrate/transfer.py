@@ -11,7 +11,6 @@ import torch
 
 from expertcut.errors import UsageError
 
-
 KERNEL_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "8", "LRU_CACHE_CAPACITY": "8"}
 """Settings of oneDNN's caches of compiled kernels, read at its first use."""
 

@@ -6,24 +6,30 @@ import copy
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
 from expertcut.errors import RuntimeLintError
-from expertcut.model.families import Family
-from expertcut.model.uneven import LayerNumbers, set_numbers
+from expertcut.model.families import Family, resolve_family
+from expertcut.model.uneven import LayerNumbers, layer_numbers, set_numbers, stock_config
 
 
 @contextmanager
-def per_layer(kind: type[nn.Module], numbers: LayerNumbers, family: Family) -> Iterator[None]:
-    """While this lasts, decoder layers of the module that defines `kind` are built with their own layer's numbers.
+def per_layer(kind: type[nn.Module], raw: Mapping[str, Any]) -> Iterator[None]:
+    """While this lasts, decoder layers of `kind` are built with the numbers that a raw config gives their layers.
+
+    Nothing changes if its layers are all alike.
 
     Raises:
-        RuntimeLintError: the module has no decoder layers that take a config and a layer's number.
+        RuntimeLintError: the module that defines `kind` has no decoder layers that take a config and a layer's number.
     """
+    numbers, family = layer_numbers(raw), resolve_family(stock_config(raw))
+    if numbers is None:
+        yield
+        return
     inits = {
         value: value.__init__
         for value in vars(sys.modules[kind.__module__]).values()
@@ -33,11 +39,11 @@ def per_layer(kind: type[nn.Module], numbers: LayerNumbers, family: Family) -> I
         raise RuntimeLintError(f"{kind.__name__}: its layers take no number, so that they cannot differ")
     try:
         for layer_class, init in inits.items():
-            layer_class.__init__ = _adjusted(init, numbers, family)
+            setattr(layer_class, "__init__", _adjusted(init, numbers, family))  # noqa: B010
         yield
     finally:
         for layer_class, init in inits.items():
-            layer_class.__init__ = init
+            setattr(layer_class, "__init__", init)  # noqa: B010
 
 
 def _takes_number(layer_class: type) -> bool:

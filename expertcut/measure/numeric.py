@@ -67,7 +67,7 @@ def verify_numeric(
 
         def tracks(index: int, layer: nn.Module) -> list[nn.Module]:
             uses.watch(index, layer)
-            reverse = _reversed(variant.layer(index, layer), geometry, plan.experts)
+            reverse = _reversed(variant.layer(index, layer), geometry, len(variant.kept.get(index, ())))
             narrowed, masked = variant.layer(index, layer), everything.layer(index, layer)
             if find_experts(layer) is not None:
                 masked = _Masked(masked, geometry, kept[index], narrowed)

@@ -53,23 +53,27 @@ def marked(config: Mapping[str, Any], numbers: LayerNumbers) -> dict[str, Any]:
     }
 
 
-def restored(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the raw config with its original model type and architectures, and without the layers' numbers.
+def stock_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a raw config as stock runtimes know it: original model type and architectures, one number for all layers.
 
     Raises:
-        ConfigConflictError: the key `expertcut` is absent or not of this schema.
+        ConfigConflictError: the layers differ, but the key `expertcut` is absent or not of this schema.
     """
+    if not is_uneven(config):
+        return config
     record = _record(config)
-    originals = {key: record[key] for key in ("model_type", "architectures") if key in record}
+    originals: dict[str, Any] = {key: record[key] for key in ("model_type", "architectures") if key in record}
     return {key: originals.get(key, value) for key, value in config.items() if key != KEY}
 
 
-def layer_numbers(config: Mapping[str, Any]) -> LayerNumbers:
-    """Return the numbers that a raw config carries for its layers.
+def layer_numbers(config: Mapping[str, Any]) -> LayerNumbers | None:
+    """Return the numbers that a raw config carries for its layers, None if they are all alike.
 
     Raises:
-        ConfigConflictError: the key `expertcut` is absent or not of this schema.
+        ConfigConflictError: the layers differ, but the key `expertcut` is absent or not of this schema.
     """
+    if not is_uneven(config):
+        return None
     record = _record(config)
     return LayerNumbers(_counts(record, "experts"), _counts(record, "top_k"))
 

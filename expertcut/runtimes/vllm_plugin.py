@@ -19,7 +19,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from expertcut.errors import RuntimeLintError
 from expertcut.model.families import BY_TYPE
-from expertcut.model.uneven import PREFIX, layer_numbers, restored, set_numbers
+from expertcut.model.uneven import PREFIX, layer_numbers, set_numbers, stock_config
 
 TESTED = "0.32"
 """Minor release of vLLM that the plug-in was tested with."""
@@ -33,7 +33,7 @@ QUANTISED = frozenset({"fp8", "compressed-tensors"})
 
 def register() -> None:
     """Make vLLM build layers that differ; called by vLLM in each of its processes, harmless when repeated."""
-    utils = importlib.import_module("vllm.model_executor.models.utils")
+    utils: Any = importlib.import_module("vllm.model_executor.models.utils")
     if hasattr(utils.make_layers, "__wrapped__"):
         return
     problem = _problem(utils.make_layers)
@@ -80,10 +80,11 @@ def _with_own_numbers(make_layers: Callable[..., Any]) -> Callable[..., Any]:
 def _config_class(model_type: str, problem: str | None) -> type[PreTrainedConfig]:
     """A config class for checkpoints of `expertcut_<model_type>` whose objects are of the original class."""
 
-    def from_dict(cls: type[PreTrainedConfig], raw: dict[str, Any], **kwargs: Any) -> Any:
+    def from_dict(cls: type[PreTrainedConfig], raw: dict[str, Any], /, **kwargs: Any) -> Any:
         if problem:
             raise RuntimeLintError(problem, f"pip install 'vllm=={TESTED}.*'")
-        numbers, stock = layer_numbers(raw), restored(raw)
+        numbers, stock = layer_numbers(raw), dict(stock_config(raw))
+        assert numbers is not None
         _refuse_checkpoint(stock)
         found = CONFIG_MAPPING[model_type].from_dict(stock, **kwargs)
         config = found[0] if isinstance(found, tuple) else found
@@ -104,7 +105,7 @@ def _refuse_checkpoint(config: dict[str, Any]) -> None:
     for name in config.get("architectures", ()):
         module = getattr(models.get(name), "module_name", None)
         if module is None or not hasattr(importlib.import_module(module), "make_layers"):
-            raise RuntimeLintError(f"layers that differ: vLLM builds {name} without make_layers, so they are not served")
+            raise RuntimeLintError(f"layers that differ: not served for {name}, which vLLM builds without make_layers")
 
 
 def _refuse_run(vllm_config: Any) -> None:

@@ -44,9 +44,7 @@ def test_a_schedule_stays_within_the_model(text: str, what: str) -> None:
 @given(
     st.integers(1, 4).flatmap(
         lambda layers: st.tuples(
-            st.lists(
-                st.lists(st.integers(0, 9).map(float), min_size=4, max_size=4), min_size=layers, max_size=layers
-            ),
+            st.lists(st.lists(st.integers(0, 9).map(float), min_size=4, max_size=4), min_size=layers, max_size=layers),
             st.integers(layers, 4 * layers + 2),
         )
     )
