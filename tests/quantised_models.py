@@ -227,7 +227,7 @@ _MODELOPT = {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_h
 FORMATS: dict[str, Format] = {
     "FP8 blocks": Format(fp8_block(torch.float32), _BLOCKS, overrides={}),  # width 24: blocks are cut off at the edge
     "FP8 blocks, BF16 scales": Format(fp8_block(torch.bfloat16), _BLOCKS),
-    "FP8 blocks, MTP and groups": Format(fp8_block(torch.float32), _BLOCKS, "deepseek_v3", {}),
+    "FP8 blocks, MTP and groups": Format(fp8_block(torch.float32), _BLOCKS, "deepseek_v3", {"qk_nope_head_dim": 24}),
     "FP8 blocks, stacked": Format(fp8_block(torch.float32), _BLOCKS, "qwen3_vl_moe", {}, fused=True),
     "FP8 channels": Format(fp8_channel, _compressed("float-quantized", num_bits=8, type="float", strategy="channel")),
     "FP8 tensors": Format(fp8_tensor, _compressed("float-quantized", num_bits=8, type="float", strategy="tensor")),

@@ -11,6 +11,7 @@ import pytest
 
 import expertcut
 from expertcut.model import BY_TYPE, FAMILIES, REFUSED
+from expertcut.runtimes.rules import READ, RULES, RUNTIMES
 
 ROOT = Path(expertcut.__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("expertcut/_demo_model/*.md")])
@@ -60,6 +61,15 @@ def test_every_family_and_every_refused_type_is_listed(repo: Path) -> None:
     assert dict(rows) == expected
     famous = re.findall(r"^\| `(\w+)` \|", (repo / "README.md").read_text(), re.MULTILINE)
     assert set(famous) <= BY_TYPE.keys()
+
+
+def test_every_rule_of_the_runtimes_is_listed(repo: Path) -> None:
+    rows = re.findall(r"^\| `([\w-]+)` \| ([^|`]+) \| (\w+) \|", (repo / "docs/runtimes.md").read_text(), re.MULTILINE)
+    named = {"all": set(RUNTIMES), "all but vLLM": {*RUNTIMES} - {"vLLM"}}
+    listed = {(rule, r, status) for rule, who, status in rows for r in named.get(who) or who.split(", ")}
+    assert listed == {(rule.name, runtime, rule.status) for rule in RULES for runtime in rule.runtimes}
+    versions = {version for version in READ.values() if version[0].isdigit()}
+    assert versions <= set(re.findall(r"\d+(?:\.\d+)+", (repo / "docs/runtimes.md").read_text()))
 
 
 def test_the_built_in_model_has_a_card_that_fits_it(demo_model: Path) -> None:

@@ -16,11 +16,11 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import golden_names as hub
 import numpy as np
 import pytest
 import torch
 import transformers
+from golden_names import Golden, golden
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
@@ -44,7 +44,7 @@ class Tiny:
     """How to make one tiny checkpoint."""
 
     config: dict[str, Any]
-    golden: hub.Golden | None
+    golden: Golden | None
     """The published checkpoint whose names it must have."""
     finish: Callable[[Tensors, torch.Generator], None] = lambda tensors, random: None
     """Adds what transformers does not build."""
@@ -161,33 +161,33 @@ TINY: dict[str, Tiny] = {
         "num_experts_per_tok": 3, "moe_intermediate_size": 24, "intermediate_size": 48,
         "shared_expert_intermediate_size": 40, "norm_topk_prob": False, "decoder_sparse_step": 1,
         "mlp_only_layers": [0], "use_sliding_window": False,
-    }, hub.QWEN2),
-    "qwen3_moe": Tiny(_QWEN3, hub.QWEN3),
+    }, golden("qwen1.5-moe")),
+    "qwen3_moe": Tiny(_QWEN3, golden("qwen3-30b")),
     "qwen3_moe-tied": Tiny(
-        _QWEN3 | {"tie_word_embeddings": True, "norm_topk_prob": False, "decoder_sparse_step": 2}, hub.QWEN3
+        _QWEN3 | {"tie_word_embeddings": True, "norm_topk_prob": False, "decoder_sparse_step": 2}, golden("qwen3-30b")
     ),
     "olmoe": Tiny(_COMMON | {
         "architectures": ["OlmoeForCausalLM"], "model_type": "olmoe", "num_experts": 8, "num_experts_per_tok": 3,
         "intermediate_size": 24, "norm_topk_prob": False, "num_key_value_heads": 4, "clip_qkv": None,
-    }, hub.OLMOE),
+    }, golden("olmoe")),
     "mixtral": Tiny(_COMMON | {
         "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": 8,
         "num_experts_per_tok": 3, "intermediate_size": 24, "sliding_window": None,
-    }, hub.MIXTRAL),
+    }, golden("mixtral-8x7b")),
     "deepseek_v2": Tiny(_DEEPSEEK | {
         "architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2", "n_routed_experts": 12,
         "n_group": 3, "topk_group": 2, "topk_method": "group_limited_greedy", "scoring_func": "softmax",
         "norm_topk_prob": False, "routed_scaling_factor": 4.0,
-    }, hub.DEEPSEEK_V2_LITE),
+    }, golden("deepseek-v2-lite")),
     "deepseek_v2-lite": Tiny(_DEEPSEEK | {
         "architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2", "n_routed_experts": 8,
         "n_group": 1, "topk_group": 1, "topk_method": "greedy", "scoring_func": "softmax", "norm_topk_prob": False,
         "routed_scaling_factor": 1.0,
-    }, hub.DEEPSEEK_V2_LITE),
-    "deepseek_v3": Tiny(_V3, hub.DEEPSEEK_R1, _mtp_layer),
+    }, golden("deepseek-v2-lite")),
+    "deepseek_v3": Tiny(_V3, golden("deepseek-v3"), _mtp_layer),
     "deepseek_v3-ungrouped": Tiny(
         _V3 | {"n_group": 1, "topk_group": 1, "norm_topk_prob": False, "tie_word_embeddings": True,
-               "num_nextn_predict_layers": 0}, hub.DEEPSEEK_R1,
+               "num_nextn_predict_layers": 0}, golden("deepseek-v3"),
     ),
     "glm4_moe": Tiny(_COMMON | {
         "architectures": ["Glm4MoeForCausalLM"], "model_type": "glm4_moe", "n_routed_experts": 8,
@@ -195,7 +195,7 @@ TINY: dict[str, Tiny] = {
         "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "norm_topk_prob": True, "attention_bias": True,
         "routed_scaling_factor": 1.5, "head_dim": 16, "partial_rotary_factor": 0.5, "use_qk_norm": False,
         "num_nextn_predict_layers": 1, "rope_scaling": None,
-    }, hub.GLM_AIR, _mtp_layer),
+    }, golden("glm-4.5-air"), _mtp_layer),
     "gpt_oss": Tiny(_COMMON | {
         "architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "num_local_experts": 8,
         "num_experts_per_tok": 3, "experts_per_token": 3, "intermediate_size": 24, "head_dim": 16,
@@ -203,10 +203,10 @@ TINY: dict[str, Tiny] = {
         "swiglu_limit": 1.5, "attention_bias": True, "rope_theta": 150000,
         "rope_scaling": {"beta_fast": 32.0, "beta_slow": 1.0, "factor": 32.0, "rope_type": "yarn", "truncate": False,
                          "original_max_position_embeddings": 16},
-    }, hub.GPT_OSS_BF16),
-    "qwen3_vl_moe": Tiny(_QWEN3_VL, hub.QWEN3_VL, _qwen3_vl),
-    "qwen3_vl_moe-tied": Tiny(_QWEN3_VL | {"tie_word_embeddings": True}, hub.QWEN3_VL, _qwen3_vl),
-    "qwen3_5_moe": Tiny(_QWEN3_5, hub.QWEN3_5, _qwen3_5),
+    }, golden("gpt-oss-20b-bf16")),
+    "qwen3_vl_moe": Tiny(_QWEN3_VL, golden("qwen3-vl-30b"), _qwen3_vl),
+    "qwen3_vl_moe-tied": Tiny(_QWEN3_VL | {"tie_word_embeddings": True}, golden("qwen3-vl-30b"), _qwen3_vl),
+    "qwen3_5_moe": Tiny(_QWEN3_5, golden("qwen3.5-35b"), _qwen3_5),
     "qwen3_5_moe-unfused": Tiny(_QWEN3_5, None),
 }  # fmt: skip
 

@@ -32,14 +32,14 @@ class Batch:
         valid = self.domain != PADDING
         return None if bool(valid.all()) else valid.long()
 
-    def halves(self) -> tuple[Batch, Batch]:
-        """Split by sequences, each half as wide as its longest one; B must be at least 2."""
+    def halves(self, narrow: bool = True) -> tuple[Batch, Batch]:
+        """Split by sequences, B at least 2; each half as wide as its longest one, or as the whole if not `narrow`."""
         cut = len(self.rows) // 2
-        return self._part(slice(0, cut)), self._part(slice(cut, None))
+        return self._part(slice(0, cut), narrow), self._part(slice(cut, None), narrow)
 
-    def _part(self, which: slice) -> Batch:
+    def _part(self, which: slice, narrow: bool) -> Batch:
         domain = self.domain[which]
-        width = int((domain != PADDING).sum(1).max())
+        width = int((domain != PADDING).sum(1).max()) if narrow else domain.shape[1]
         return Batch(self.rows[which], self.ids[which, :width], domain[:, :width])
 
 

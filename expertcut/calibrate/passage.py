@@ -84,22 +84,24 @@ class Passage:
             raise ExpertcutError(
                 f"out of memory with a single sequence of {batch.ids.shape[1]} tokens", "pass a smaller --seq-len"
             )
-        if any(carried[at] is not None for carried in self.carried):
-            raise ExpertcutError(
-                "out of memory, and what this model's layers hand on cannot be halved", "pass a smaller --micro-tokens"
-            )
-        halves = batch.halves()
+        narrow = all(carried[at] is None for carried in self.carried)  # what is carried may point at padding
+        halves = batch.halves(narrow)
         self.notify(f"out of memory: micro-batch of {len(batch.rows)} sequences halved")
-        cut = len(halves[0].rows)
         self.prepared[at : at + 1] = [self.stream.prepare(half) for half in halves]
         for prepared in self.prepared[at : at + 2]:
             prepared.hidden = prepared.hidden[:0]
-        widths = [half.ids.shape[1] for half in halves]
         settle(self.stream.device)
         for hidden in self.hidden:
-            hidden[at : at + 1] = [hidden[at][:cut, : widths[0]].clone(), hidden[at][cut:, : widths[1]].clone()]
+            hidden[at : at + 1] = _cut(hidden[at], halves)
         for carried in self.carried:
-            carried[at : at + 1] = [None, None]
+            whole = carried[at]
+            carried[at : at + 1] = [None, None] if whole is None else _cut(whole, halves)
+
+
+def _cut(whole: torch.Tensor, halves: tuple[Batch, Batch]) -> list[torch.Tensor]:
+    """Split (B, S, …) as a micro-batch was."""
+    rows, widths = len(halves[0].rows), [half.ids.shape[1] for half in halves]
+    return [whole[:rows, : widths[0]].clone(), whole[rows:, : widths[1]].clone()]
 
 
 def run_through(

@@ -89,8 +89,9 @@ def open_reader(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
     method, version = config.get("quant_method"), config.get("checkpoint_format", config.get("version"))
     if config and (method not in METHODS or (method in ("gptq", "awq") and version not in VERSIONS)):
         what = f"{method} ({version})" if method in METHODS else f"{method!r}"
+        first = next((f", such as {t.name}" for t in checkpoint.tensors.values() if t.dtype in (*_CODES, "I32")), "")
         raise CheckpointError(
-            f"{checkpoint.name}: quantised by {what}, which cannot be run; known: {', '.join(METHODS)}",
+            f"{checkpoint.name}: quantised by {what}{first}, which cannot be run; known: {', '.join(METHODS)}",
             "profile the unquantised sibling; its plan applies to this checkpoint too",
         )
     groups = dict(find_quantised(checkpoint))
@@ -162,7 +163,11 @@ class DequantisingReader(TensorReader):
         try:
             return self._groups[name].values(parts, self._settings)
         except CheckpointError as error:
-            raise CheckpointError(f"{self.checkpoint.name}: {name}: {error.message}") from None
+            method = _quantization_config(self.checkpoint.config).get("quant_method", "an unnamed method")
+            raise CheckpointError(
+                f"{self.checkpoint.name}: {name}, quantised by {method}: {error.message}",
+                "profile the unquantised sibling; its plan applies to this checkpoint too",
+            ) from None
 
     def _ranges(self, names: Iterable[str]) -> list[Any]:
         groups = self._groups

@@ -160,8 +160,8 @@ def _meta(
         seed=data.seed, sources=data.sources,
     )  # fmt: skip
     return ProfileMeta(
-        source=checkpoint.name, fingerprint=fingerprint(checkpoint, geometry), tokenizer=tokenizer, data=[record],
-        domains=list(data.domains), experts=geometry.num_experts, top_k=geometry.top_k,
+        source=checkpoint.public_name, fingerprint=fingerprint(checkpoint, geometry), tokenizer=tokenizer,
+        data=[record], domains=list(data.domains), experts=geometry.num_experts, top_k=geometry.top_k,
         blocks=[BlockRecord(prefix=b.prefix, layer=b.layer) for b in geometry.trunk],
         pair_domains=options.pair_domains, moments=options.moments, dtype=str(dtype).removeprefix("torch."),
         versions={"expertcut": expertcut.__version__, "torch": torch.__version__.partition("+")[0],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,16 @@ class Checkpoint:
     """Every other file (tokenizer, licence, code …), relative names, sorted; without config, index and weights."""
 
     @property
+    def public_name(self) -> str:
+        """What files call it: its Hub name, or its directory's name without the path on this machine."""
+        return valid_text(self.path.resolve().name if os.path.isdir(self.name) else self.name)
+
+    @property
     def nbytes(self) -> int:
         """Sum of all tensors' bytes."""
         return sum(t.nbytes for t in self.tensors.values())
+
+
+def valid_text(argument: str) -> str:
+    """Return a command-line argument as valid Unicode: bytes that are not UTF-8 arrive as lone surrogates."""
+    return argument.encode("utf-8", "backslashreplace").decode()

@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import JsonValue
 
 from expertcut.checkpoint import read_array
-from expertcut.checkpoint.types import Checkpoint
+from expertcut.checkpoint.types import Checkpoint, valid_text
 from expertcut.choose.budget import Budget, resolve_budget
 from expertcut.choose.criteria import Criterion, PatternStats, Scores, WeightStats, get_criterion, without_profile
 from expertcut.choose.plan import LayerPlan, Plan, Source, validate
@@ -91,7 +91,7 @@ def make_plan(
             )  # fmt: skip
             layers[prefix] = LayerPlan(layer=block.layer, kept=kept, top_k=None if top_k == geometry.top_k else top_k)
     plan = Plan(
-        source=Source(name=_text(checkpoint.name), fingerprint=own),
+        source=Source(name=checkpoint.public_name, fingerprint=own),
         layers=layers,
         provenance=_provenance(criterion, budget, named, supers, profile, domain_weights, seed, command),
     )
@@ -183,14 +183,9 @@ def _provenance(
     facts["super_experts"] = _ids(supers)
     facts["domain_weights"] = dict(domain_weights) if domain_weights is not None else None
     facts["profile"] = profile.digest() if profile is not None else None
-    facts["command"] = _text(command)
+    facts["command"] = valid_text(command)
     return facts
 
 
 def _ids(protected: Protected) -> dict[str, JsonValue]:
     return {prefix: list[JsonValue](sorted(ids)) for prefix, ids in protected.items()}
-
-
-def _text(argument: str) -> str:
-    """A command-line argument as valid Unicode: bytes that are not UTF-8 arrive as lone surrogates."""
-    return argument.encode("utf-8", "backslashreplace").decode()

@@ -187,11 +187,16 @@ def validate(plan: Plan, geometry: Geometry) -> None:
         _check_top_k(found.top_k[layer], len(kept), f"layer {layer}", geometry)
 
 
+def group_best(geometry: Geometry) -> int:
+    """Return how many experts of a group the router looks at to rank the group; 1 if it ranks no groups."""
+    family = geometry.family
+    return family.group_best if geometry.n_group > 1 or family.ranks_one_group else 1
+
+
 def min_experts(geometry: Geometry) -> int:
-    """Return the smallest expert count that the router can rank its groups with; 1 if it has no groups."""
-    if geometry.n_group == 1:
-        return 1
-    return geometry.n_group * min(geometry.family.group_best, geometry.num_experts // geometry.n_group)
+    """Return the smallest expert count that the router can rank its groups with; 1 if it ranks none."""
+    best = group_best(geometry)
+    return geometry.n_group * min(best, geometry.num_experts // geometry.n_group)
 
 
 def reachable(geometry: Geometry, experts: int) -> int:
@@ -216,8 +221,6 @@ def _check_ids(kept: tuple[int, ...], where: str, experts: int) -> None:
 
 
 def _check_groups(kept: tuple[int, ...], where: str, geometry: Geometry) -> None:
-    if geometry.n_group == 1:
-        return
     size = geometry.num_experts // geometry.n_group
     numbers = [sum(1 for e in kept if e // size == group) for group in range(geometry.n_group)]
     if len(set(numbers)) > 1:
@@ -228,7 +231,7 @@ def _check_groups(kept: tuple[int, ...], where: str, geometry: Geometry) -> None
     least = min_experts(geometry)
     if len(kept) < least:
         raise PlanError(
-            f"{where}: {numbers[0]} expert kept per group, but the router ranks groups by their "
+            f"{where}: {numbers[0]} expert kept per group, but the router ranks groups, even a single one, by their "
             f"{geometry.family.group_best} best",
             f"keep at least {least} experts",
         )

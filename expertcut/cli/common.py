@@ -10,9 +10,11 @@ import contextlib
 import json
 import math
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import PurePath
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Self
 
@@ -54,8 +56,8 @@ class Output:
     """Where one run of a command prints; leaving it gives stdout back."""
 
     def __init__(self, args: Sequence[str]) -> None:
-        self.command = shlex.join(("expertcut", *args))
-        """The command line as typed, for the record."""
+        self.command = shlex.join(("expertcut", *map(_portable, args)))
+        """The command line for the record: as typed, but paths that tell of this machine are cut to their last part."""
         self.json = False
         self.resumable = False
         """True once the command has begun what it can go on with after an interruption."""
@@ -147,6 +149,14 @@ def console(stream: IO[str]) -> Console:
     from rich.console import Console
 
     return Console(file=stream, width=None if stream.isatty() else WIDE, highlight=False, emoji=False, markup=False)
+
+
+def _portable(argument: str) -> str:
+    """An argument, or an option's value, without the folders of a path that does not stay below the current one."""
+    option, value = re.fullmatch(r"(--[^=]+=|-[A-Za-z](?=[/~]))?(.*)", argument, re.DOTALL).groups("")  # type: ignore[union-attr]
+    path = PurePath(value)
+    outside = path.is_absolute() or value.startswith("~") or ".." in path.parts
+    return option + (path.name or value) if outside else argument
 
 
 def _finite(value: Any) -> Any:

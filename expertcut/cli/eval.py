@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from expertcut.cli.common import output
-from expertcut.cli.options import Device, Dtype, Json, MicroTokens, Model, Resident, Revision, Seed, SeqLen, Tokens
+from expertcut.cli.options import AS_IT_COMES, Forward, Json, Model, Revision, Seed, SeqLen, Tokens, flat
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from expertcut.measure.loss import Loss, ModelLoss
 
 
+@flat
 def evaluate(
     ctx: typer.Context,
     model: Model,
@@ -35,10 +36,7 @@ def evaluate(
     seq_len: SeqLen = None,
     seed: Seed = 0,
     revision: Revision = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    resident: Resident = False,
-    micro_tokens: MicroTokens = 2048,
+    forward: Forward = AS_IT_COMES,
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Measure the held-out loss of a model, and of plans for it.
@@ -64,9 +62,10 @@ def evaluate(
     from expertcut.measure import loss
 
     text, _ = read_text(
-        out, checkpoint, geometry, data, tokens=tokens, seq_len=seq_len, seed=seed, device=device, dtype=dtype
-    )
-    options = ProfileOptions(device, dtype, resident, micro_tokens)
+        out, checkpoint, geometry, data, tokens=tokens, seq_len=seq_len, seed=seed, device=forward.device,
+        dtype=forward.dtype,
+    )  # fmt: skip
+    options = ProfileOptions(**vars(forward))
     work = text.tokens * (1 + len(chosen))
     with out.progress("evaluating", lambda speed: f"{speed:,.0f} tokens·layers/s", work) as advance:
         losses = loss.evaluate(checkpoint, geometry, text, chosen, options, notify=out.note, advance=advance)

@@ -22,18 +22,24 @@ def inspect(ctx: typer.Context, model: Model, revision: Revision = None, as_json
     from dataclasses import asdict
 
     from expertcut.checkpoint import open_checkpoint
-    from expertcut.cli.tables import facts, heading, lint_table, records
+    from expertcut.cli.tables import facts, fit_table, heading, lint_table, records
     from expertcut.model import read_geometry
     from expertcut.model.summary import summarise
-    from expertcut.runtimes.lint import lint, lint_subject
+    from expertcut.runtimes.lint import RANKS, fits, lint, lint_subject
 
     out = output(ctx, as_json)
     checkpoint = open_checkpoint(model, revision)
     geometry = read_geometry(checkpoint)
     summary = summarise(checkpoint, geometry)
-    findings = lint(lint_subject(geometry, checkpoint.config))
-    document = {"model": checkpoint.name, **asdict(summary), "lint": records(findings)}
-    out.finish(document, heading(checkpoint.name), facts(_rows(summary)), "", lint_table(findings))
+    subject = lint_subject(geometry, checkpoint.config)
+    findings, fitting = lint(subject), fits(subject)
+    document = {
+        "model": checkpoint.name, **asdict(summary), "lint": records(findings), "fits": records(fitting)
+    }  # fmt: skip
+    out.finish(
+        document, heading(checkpoint.name), facts(_rows(summary)), "", lint_table(findings), "", fit_table(fitting), "",
+        f"TP, EP: tensor- and expert-parallel sizes for {summary.experts} experts, up to {RANKS} ranks",
+    )  # fmt: skip
 
 
 def _rows(s: Summary) -> list[tuple[str, object]]:

@@ -1,9 +1,13 @@
-"""Arguments and options that several commands share, each defined once."""
+"""Arguments and options that several commands share, each defined once; those that go together as one dataclass."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
+from functools import wraps
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
@@ -29,77 +33,144 @@ Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Decides every ra
 Device = Annotated[
     str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.", rich_help_panel=RUN)
 ]
-Dtype = Annotated[
-    str,
-    typer.Option(
-        "--dtype", metavar="NAME", rich_help_panel=RUN,
-        help="auto, float32, bfloat16 or float16. auto: float32 on a CPU, else the checkpoint's.",
-    ),
-]  # fmt: skip
-Resident = Annotated[
-    bool, typer.Option("--resident", help="Keep all layers loaded instead of one at a time.", rich_help_panel=RUN)
-]
-MicroTokens = Annotated[
-    int,
-    typer.Option("--micro-tokens", metavar="N", min=1, help="Tokens run at a time.", rich_help_panel=RUN),
-]
 
-ProfileIn = Annotated[
-    Path | None,
-    typer.Option("--profile", metavar="DIR", help="Profile of the model.", rich_help_panel=CHOICE, show_default=False),
-]
-Strategy = Annotated[
-    str | None,
-    typer.Option(
-        "--strategy", metavar="NAME", rich_help_panel=CHOICE, show_default=False,
-        help="With a profile: frequency, soft, gate-mean, ean-sum, ean-mean, reap, gated-norm-sum, energy. "
-        "Without: random, odd, even, first, last, router-norm.",
-    ),
-]  # fmt: skip
-Experts = Annotated[
-    int | None, typer.Option("--experts", metavar="N", help="Experts to keep per layer.", rich_help_panel=BUDGET)
-]
-Keep = Annotated[
-    str | None, typer.Option("--keep", metavar="R", help="Share to keep: 0.75 or 75%.", rich_help_panel=BUDGET)
-]
-Drop = Annotated[
-    int | None, typer.Option("--drop", metavar="N", help="Experts to drop per layer.", rich_help_panel=BUDGET)
-]
-Fit = Annotated[
-    str | None,
-    typer.Option(
-        "--fit", metavar="SIZE", rich_help_panel=BUDGET,
-        help="The most experts, of those that vLLM serves fast, whose weights fit per device, such as 48GiB.",
-    ),
-]  # fmt: skip
-TensorParallel = Annotated[
-    int, typer.Option("--tp", metavar="N", help="With --fit: devices that share the weights.", rich_help_panel=BUDGET)
-]
-TopK = Annotated[
-    int | None,
-    typer.Option(
-        "--top-k", metavar="K", help="Experts activated per token. Default: unchanged.", rich_help_panel=CHOICE
-    ),
-]
-DomainWeights = Annotated[
-    str | None,
-    typer.Option(
-        "--domain-weights", metavar="D=W,…", rich_help_panel=CHOICE,
-        help="Weights of the profile's domains, such as code=2,math=1; others count 0.",
-    ),
-]  # fmt: skip
-Protect = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--protect", metavar="IDS", rich_help_panel=CHOICE, show_default=False,
-        help="Experts to keep whatever their score: LAYER:ID,… or ID,… for all layers. Repeatable.",
-    ),
-]  # fmt: skip
-ProtectSuper = Annotated[
-    bool,
-    typer.Option("--protect-super", help="Keep super experts (needs --profile).", rich_help_panel=CHOICE),
-]
-DropMtp = Annotated[
-    bool,
-    typer.Option("--drop-mtp", help="Drop multi-token-prediction layers, do not prune them.", rich_help_panel=CHOICE),
-]
+
+@dataclass(frozen=True)
+class Forward:
+    """The options that say how a model is run, as typed."""
+
+    device: Device = "auto"
+    dtype: Annotated[
+        str,
+        typer.Option(
+            "--dtype",
+            metavar="NAME",
+            rich_help_panel=RUN,
+            help="auto, float32, bfloat16 or float16. auto: float32 on a CPU, else the checkpoint's.",
+        ),
+    ] = "auto"
+    resident: Annotated[
+        bool, typer.Option("--resident", help="Keep all layers loaded instead of one at a time.", rich_help_panel=RUN)
+    ] = False
+    micro_tokens: Annotated[
+        int, typer.Option("--micro-tokens", metavar="N", min=1, help="Tokens run at a time.", rich_help_panel=RUN)
+    ] = 2048  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Recorded(Forward):
+    """The options of a forward pass that makes a profile, as typed."""
+
+    pair_domains: Annotated[
+        bool, typer.Option("--pair-domains", help="Store pair statistics per domain, not pooled.", rich_help_panel=RUN)
+    ] = False
+    moments: Annotated[
+        bool, typer.Option("--moments", help="Store mean and variance of every expert's output.", rich_help_panel=RUN)
+    ] = False
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The options that a plan is made from, as typed."""
+
+    strategy: Annotated[
+        str | None,
+        typer.Option(
+            "--strategy",
+            metavar="NAME",
+            rich_help_panel=CHOICE,
+            show_default=False,
+            help="With a profile: frequency, soft, gate-mean, ean-sum, ean-mean, reap, gated-norm-sum, energy. "
+            "Without: random, odd, even, first, last, router-norm.",
+        ),
+    ] = None
+    profile: Annotated[
+        Path | None,
+        typer.Option(
+            "--profile", metavar="DIR", help="Profile of the model.", rich_help_panel=CHOICE, show_default=False
+        ),
+    ] = None
+    top_k: Annotated[
+        int | None,
+        typer.Option(
+            "--top-k", metavar="K", help="Experts activated per token. Default: unchanged.", rich_help_panel=CHOICE
+        ),
+    ] = None
+    domain_weights: Annotated[
+        str | None,
+        typer.Option(
+            "--domain-weights",
+            metavar="D=W,…",
+            rich_help_panel=CHOICE,
+            help="Weights of the profile's domains, such as code=2,math=1; others count 0.",
+        ),
+    ] = None
+    protect: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--protect",
+            metavar="IDS",
+            rich_help_panel=CHOICE,
+            show_default=False,
+            help="Experts to keep whatever their score: LAYER:ID,… or ID,… for all layers. Repeatable.",
+        ),
+    ] = None
+    protect_super: Annotated[
+        bool, typer.Option("--protect-super", help="Keep super experts (needs --profile).", rich_help_panel=CHOICE)
+    ] = False
+    experts: Annotated[
+        int | None, typer.Option("--experts", metavar="N", help="Experts to keep per layer.", rich_help_panel=BUDGET)
+    ] = None
+    keep: Annotated[
+        str | None, typer.Option("--keep", metavar="R", help="Share to keep: 0.75 or 75%.", rich_help_panel=BUDGET)
+    ] = None
+    drop: Annotated[
+        int | None, typer.Option("--drop", metavar="N", help="Experts to drop per layer.", rich_help_panel=BUDGET)
+    ] = None
+    fit: Annotated[
+        str | None,
+        typer.Option(
+            "--fit",
+            metavar="SIZE",
+            rich_help_panel=BUDGET,
+            help="The most experts, of those that vLLM serves fast, whose weights fit per device, such as 48GiB.",
+        ),
+    ] = None
+    tp: Annotated[
+        int,
+        typer.Option("--tp", metavar="N", help="With --fit: devices that share the weights.", rich_help_panel=BUDGET),
+    ] = 1
+    drop_mtp: Annotated[
+        bool,
+        typer.Option(
+            "--drop-mtp", help="Drop multi-token-prediction layers, do not prune them.", rich_help_panel=CHOICE
+        ),
+    ] = False
+    seed: Seed = 0  # fmt: skip
+
+
+AS_IT_COMES, POOLED, NO_CHOICE = Forward(), Recorded(), Choice()
+
+
+def flat(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command, in place of each parameter that is one of the dataclasses above, an option per field of it."""
+    parameters: list[inspect.Parameter] = []
+    groups: dict[str, type] = {}
+    for parameter in inspect.signature(command, eval_str=True).parameters.values():
+        kind = parameter.annotation
+        if isinstance(kind, type) and is_dataclass(kind):
+            groups[parameter.name] = kind
+            hints = get_type_hints(kind, include_extras=True)
+            parameters += [parameter.replace(name=f.name, annotation=hints[f.name], default=f.default)
+                           for f in fields(kind)]  # fmt: skip
+        else:
+            parameters.append(parameter)
+
+    @wraps(command)
+    def run(**given: Any) -> None:
+        made = {name: kind(**{f.name: given.pop(f.name) for f in fields(kind)}) for name, kind in groups.items()}
+        command(**given, **made)
+
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return run

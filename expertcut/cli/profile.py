@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from expertcut.cli.common import output
-from expertcut.cli.options import RUN, Device, Dtype, Json, MicroTokens, Model, Resident, Revision, Seed, SeqLen
+from expertcut.cli.common import Output, output
+from expertcut.cli.options import POOLED, Json, Model, Recorded, Revision, Seed, SeqLen, flat
+
+if TYPE_CHECKING:
+    from expertcut.calibrate.data import CalibrationSet
+    from expertcut.calibrate.profile import Profile
 
 
+@flat
 def profile(
     ctx: typer.Context,
     model: Model,
@@ -33,16 +38,7 @@ def profile(
     seed: Seed = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace a profile that is there.")] = False,
     revision: Revision = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    resident: Resident = False,
-    micro_tokens: MicroTokens = 2048,
-    pair_domains: Annotated[
-        bool, typer.Option("--pair-domains", help="Store pair statistics per domain, not pooled.", rich_help_panel=RUN)
-    ] = False,
-    moments: Annotated[
-        bool, typer.Option("--moments", help="Store mean and variance of every expert's output.", rich_help_panel=RUN)
-    ] = False,
+    forward: Recorded = POOLED,
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Run text through a model and add up what its experts do.
@@ -56,7 +52,6 @@ def profile(
 
     from expertcut.calibrate.profile import refuse_existing
     from expertcut.checkpoint import open_checkpoint
-    from expertcut.cli.tables import facts, table
     from expertcut.cli.text import read_text
     from expertcut.model import read_geometry
 
@@ -69,25 +64,29 @@ def profile(
 
     data, tokenizer = read_text(
         out, checkpoint, geometry, calibration or ["general"], tokens=tokens, seq_len=seq_len, seed=seed,
-        packed=not padded, device=device, dtype=dtype,
+        packed=not padded, device=forward.device, dtype=forward.dtype,
     )  # fmt: skip
     out_dir.mkdir(parents=True, exist_ok=True)  # a place that cannot be written is better known now
-    options = ProfileOptions(device, dtype, resident, micro_tokens, pair_domains, moments)
-    out.resumable, started = not resident, time.monotonic()
+    options = ProfileOptions(**vars(forward))
+    out.resumable, started = not forward.resident, time.monotonic()
     with out.progress("profiling", lambda speed: f"{speed:,.0f} tokens·layers/s", data.tokens) as advance:
         made = profile_model(
             checkpoint, geometry, data, out_dir, options, tokenizer=tokenizer.fingerprint, notify=out.note,
             advance=advance,
         )  # fmt: skip
-    seconds = time.monotonic() - started
-    counts = data.tokens_by_domain
+    _report(out, out_dir, made, data, time.monotonic() - started)
+
+
+def _report(out: Output, out_dir: Path, made: Profile, data: CalibrationSet, seconds: float) -> None:
+    from expertcut.cli.tables import facts, table
+
+    meta, counts = made.meta, data.tokens_by_domain
     document = {
-        "profile": str(out_dir), "model": checkpoint.name, "tokens": data.tokens, "domains": counts,
+        "profile": str(out_dir), "model": meta.source, "tokens": data.tokens, "domains": counts,
         "seq_len": data.seq_len, "packed": data.packed, "seed": data.seed, "layers": len(made.prefixes),
-        "experts": geometry.num_experts, "top_k": geometry.top_k, "dtype": made.meta.dtype, "digest": made.digest(),
-        "seconds": seconds,
+        "experts": meta.experts, "top_k": meta.top_k, "dtype": meta.dtype, "digest": made.digest(), "seconds": seconds,
     }  # fmt: skip
-    rows = [("profile", out_dir), ("MoE layers", len(made.prefixes)), ("forward pass", made.meta.dtype),
+    rows = [("profile", out_dir), ("MoE layers", len(made.prefixes)), ("forward pass", meta.dtype),
             ("tokens", f"{data.tokens:,} in sequences of {data.seq_len}"), ("time", f"{seconds:.1f} s")]  # fmt: skip
     domains = table(("domain", ">tokens"), [(name, f"{count:,}") for name, count in counts.items()])
     out.finish(document, facts(rows), "", domains, "", f"next: expertcut show {out_dir}")

@@ -7,22 +7,22 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from expertcut.cli import options as o
 from expertcut.cli.common import Output, output
-from expertcut.errors import UsageError
+from expertcut.cli.options import NO_CHOICE, Choice, Json, Model, Revision, flat
+from expertcut.errors import DestinationError, UsageError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from expertcut.checkpoint import Checkpoint
     from expertcut.choose.plan import Plan
-    from expertcut.cli.planning import Choice
     from expertcut.model import Geometry
 
 
+@flat
 def prune(
     ctx: typer.Context,
-    model: o.Model,
+    model: Model,
     out_dir: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to write.", show_default=False)],
     plan: Annotated[
         Path | None,
@@ -32,21 +32,9 @@ def prune(
     force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint that expertcut wrote.")] = False,
     max_shard_size: Annotated[str, typer.Option("--max-shard-size", metavar="SIZE", help="Weights per file.")] = "5GB",
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not check structure and bytes after.")] = False,
-    strategy: o.Strategy = None,
-    profile: o.ProfileIn = None,
-    top_k: o.TopK = None,
-    domain_weights: o.DomainWeights = None,
-    protect: o.Protect = None,
-    protect_super: o.ProtectSuper = False,
-    experts: o.Experts = None,
-    keep: o.Keep = None,
-    drop: o.Drop = None,
-    fit: o.Fit = None,
-    tp: o.TensorParallel = 1,
-    drop_mtp: o.DropMtp = False,
-    seed: o.Seed = 0,
-    revision: o.Revision = None,
-    as_json: o.Json = False,
+    choice: Choice = NO_CHOICE,
+    revision: Revision = None,
+    as_json: Json = False,
 ) -> None:
     """Write the checkpoint that a plan leaves, and check it.
 
@@ -57,45 +45,32 @@ def prune(
     """
     from expertcut.checkpoint import open_checkpoint
     from expertcut.choose import parse_size
-    from expertcut.cli.planning import Choice
     from expertcut.model import read_geometry
 
     out = output(ctx, as_json)
     shard_size = parse_size(max_shard_size)
     checkpoint = open_checkpoint(model, revision)
     geometry = read_geometry(checkpoint)
-    choice = Choice(
-        profile,
-        strategy,
-        experts,
-        keep,
-        drop,
-        fit,
-        tp,
-        top_k,
-        domain_weights,
-        tuple(protect or ()),
-        protect_super,
-        seed,
-        drop_mtp,
-    )
-    made = _plan(checkpoint, geometry, plan, choice, out.command)
+    made = _plan(out, checkpoint, geometry, plan, choice)
     if dry_run:
         _preview(out, checkpoint, geometry, made, out_dir, shard_size, force)
     else:
         _prune(out, checkpoint, geometry, made, out_dir, shard_size, force, not no_verify)
 
 
-def _plan(checkpoint: Checkpoint, geometry: Geometry, path: Path | None, choice: Choice, command: str) -> Plan:
+def _plan(out: Output, checkpoint: Checkpoint, geometry: Geometry, path: Path | None, choice: Choice) -> Plan:
     from expertcut.choose.plan import Plan
-    from expertcut.cli.planning import NO_CHOICE, build_plan
+    from expertcut.cli.planning import build_plan, outcome
 
     if path is None:
         if choice == NO_CHOICE:
             raise UsageError(
                 "found no plan", "pass --plan plan.json, or for example --strategy router-norm --keep 0.75"
             )
-        return build_plan(checkpoint, geometry, choice, command)
+        made = build_plan(checkpoint, geometry, choice, out.command)
+        for hint in outcome(checkpoint, geometry, made).hints:
+            out.note(hint)
+        return made
     if choice != NO_CHOICE:
         raise UsageError("found --plan and options that make another plan", "give either")
     return Plan.load(path)
@@ -112,7 +87,10 @@ def _preview(
 
     job = prepare(checkpoint, geometry, plan, out_dir, shard_size)
     check_replaceable(job.target, force)
-    check_space(job.target, job.needed)
+    try:
+        check_space(job.target, job.needed)
+    except DestinationError as error:  # a plan for another machine's disk is worth showing
+        out.warn(f"{error.message}; {error.hint}")
     layout, files = job.layout, job.files
     edits = [{"key": ".".join(edit.path), "old": edit.old, "new": edit.new} for edit in layout.edits]
     result = outcome(checkpoint, geometry, plan)

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from expertcut.choose.budget import format_size
-from expertcut.runtimes.lint import LintFinding
+from expertcut.runtimes.lint import Fit, LintFinding
 
 if TYPE_CHECKING:
     from expertcut.rewrite.verify import Check
@@ -62,9 +62,40 @@ def ranges(numbers: Iterable[int]) -> str:
 
 
 def lint_table(findings: Iterable[LintFinding]) -> Table:
-    """Build the table of what the runtimes make of a checkpoint."""
-    rows = [(f.runtime, Text(f.status, _STATUS[f.status]), f.rule, f.reason) for f in findings]
+    """Build the table of what the runtimes make of a checkpoint; a runtime's version is the one the rules are of."""
+    rows = [
+        (
+            f"{f.runtime} {f.version}" if f.version[0].isdigit() else f.runtime,
+            Text(f.status, _STATUS[f.status]),
+            f.rule,
+            Text.assemble(f.reason, (f" [{f.source}]" if f.source else "", "dim")),
+        )
+        for f in findings
+    ]
     return table(("runtime", "status", "rule", "reason"), rows)
+
+
+def fit_table(fits: Iterable[Fit]) -> Table:
+    """Build the table of expert counts that stay fast, and of tensor- and expert-parallel sizes."""
+    rows = [(f.runtime, steps(f.fast_experts) or "none", *map(_sizes, (f.tp, f.ep))) for f in fits]
+    return table(("runtime", "fast with experts", "TP sizes", "EP sizes"), rows)
+
+
+def steps(numbers: Sequence[int]) -> str:
+    """Ascending numbers for reading, four and more at equal distances together: `1-5, 8, 16, 24 … 64, 128`."""
+    parts, start = [], 0
+    while start < len(numbers):
+        end = start + 1
+        while end < len(numbers) and numbers[end] - numbers[end - 1] == numbers[start + 1] - numbers[start]:
+            end += 1
+        if end - start < 4:
+            parts.append(str(numbers[start]))
+            start += 1
+        else:
+            first, second, last = numbers[start], numbers[start + 1], numbers[end - 1]
+            parts.append(f"{first}-{last}" if second == first + 1 else f"{first}, {second} … {last}")
+            start = end
+    return ", ".join(parts)
 
 
 def checks_table(checks: Iterable[Check]) -> Table:
@@ -76,6 +107,10 @@ def checks_table(checks: Iterable[Check]) -> Table:
 def records(items: Iterable[Any]) -> list[dict[str, Any]]:
     """Dataclasses as JSON objects."""
     return [asdict(item) for item in items]
+
+
+def _sizes(sizes: Sequence[int] | None) -> str:
+    return "–" if sizes is None else steps(sizes) or "none"
 
 
 def _cell(value: object) -> Text:

@@ -30,8 +30,14 @@ LAYER_LISTS = ("layers_block_type", "hybrid_override_pattern")
 """Lists or strings with one entry per layer, where a config has no count."""
 HIDDEN_KEYS = ("hidden_size", "d_model")
 GROUP_KEYS = ("n_group", "num_expert_group")
-MTP_KEYS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers", "num_mtp_modules")
-"""Keys that announce multi-token-prediction layers."""
+MTP_KEYS = (
+    "num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers", "num_mtp_modules", "use_mtp",
+    "mtp_hybrid_override_pattern", "mtp_layers_block_type", "mtp_layer_types", "mtp_mlp_layer_types",
+    "mtp_local_layer_ids",
+)  # fmt: skip
+"""Keys that announce or describe multi-token-prediction layers: counts, switches, and lists with an entry per layer."""
+MTP_SCOPE = "mtp_config"
+"""An object of its own that some configs keep such keys in."""
 ROOTS = ((), ("text_config",), ("llm_config",), ("language_config",), ("thinker_config", "text_config"))
 """Where configs keep their language part; for a model type without a row its language part's type is looked up."""
 TOWERS = (
@@ -86,6 +92,8 @@ class Family:
     """What an absent key means."""
     grouped_if: tuple[str, str] | None = None
     """(config key, value) that must hold for groups to be in force; None: more than one suffices."""
+    ranks_one_group: bool = False
+    """The router ranks its groups by their best experts even if there is only one."""
     group_best: int = 2
     """How many experts of a group the router looks at to rank the group: each group must keep at least as many."""
     correction_bias: str | None = None
@@ -175,10 +183,10 @@ FAMILIES: tuple[Family, ...] = (
         width=("ffn_hidden_size",), router="router.layer", sliced=(), flattened=("experts.mlp.*",),
         renormalise="moe_normalize_expert_weights", renormalise_default=True, live=("router", None),
     ),
-    _softmax("mistral4", "mistral4_text", experts=_ROUTED, renormalise_default=True),
+    _softmax("mistral4", "mistral4_text", experts=_ROUTED, ranks_one_group=True, renormalise_default=True),
     _softmax(
         "mistral_large4", "mistral_large4_text", block="", experts=_ROUTED, whole=_LAYER_PARTS, renormalise=True,
-        live_block="mlp",
+        live_block="mlp", ranks_one_group=True,
     ),
     _softmax(
         "gemma4", "gemma4_text", "diffusion_gemma", "diffusion_gemma_text", block="",
@@ -234,24 +242,24 @@ FAMILIES: tuple[Family, ...] = (
         "deepseek_v3", "deepseek_v32", "kimi_k2", "kimi_k25", "kimi_vl", "glm4_moe", "glm4_moe_lite", "glm4v_moe",
         "glm4v_moe_text", "glm_moe_dsa", "glm5_next", "glm5_next_text", "solar_open", "axk1", "axk2", "mimo_v2_flash",
         "mimo_v2", "hy_v4", "dots3_note", "dots3_note_text", "minimax_m3_vl_text", experts=_ROUTED,
-        width=("moe_intermediate_size", "intermediate_size"),
+        width=("moe_intermediate_size", "intermediate_size"), ranks_one_group=True,
     ),
-    _sigmoid("dots1", experts=_ROUTED, renormalise_default=False),
-    _sigmoid("beam"),
-    _sigmoid("exaone_moe", bias="e_score_correction_bias", live=("gate", _CORRECTION)),
+    _sigmoid("dots1", experts=_ROUTED, ranks_one_group=True, renormalise_default=False),
+    _sigmoid("beam", ranks_one_group=True),
+    _sigmoid("exaone_moe", ranks_one_group=True, bias="e_score_correction_bias", live=("gate", _CORRECTION)),
     _sigmoid(
         "bailing_hybrid", "bailing_moe_v2", "bailing_moe_linear", "bailing_moe_linear_v2",
         top_k=("num_experts_per_tok", "num_experts_per_token"), scoring_key="score_function",
         bias="gate.expert_bias", sliced=(("gate.expert_bias", 0), ("gate.bias", 0), *_FUSED),
-        live=("gate", _CORRECTION),
+        live=("gate", _CORRECTION), ranks_one_group=True,
     ),
     _sigmoid(
         "kimi_linear", block="block_sparse_moe", top_k=("num_experts_per_token", "num_experts_per_tok"),
         scoring_key="moe_router_activation_func", renormalise="moe_renormalize", sliced=((_CORRECTION, 0),),
-        live_block="mlp",
+        live_block="mlp", ranks_one_group=True,
     ),
     _sigmoid(
-        "nemotron_h", block="mixer", experts=_ROUTED,
+        "nemotron_h", block="mixer", ranks_one_group=True, experts=_ROUTED,
         sliced=((_CORRECTION, 0), ("experts.gate_and_up_projs", 0), ("experts.down_projs", 0)),
         whole=("shared_experts.*", "fc1_latent_proj.*", "fc2_latent_proj.*"),
     ),

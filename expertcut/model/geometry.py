@@ -11,11 +11,12 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from typing import Any
 
 from expertcut.checkpoint.types import Checkpoint, TensorInfo
 from expertcut.errors import ConfigConflictError, UnknownTensorError
-from expertcut.model.families import HIDDEN_KEYS, MTP_KEYS, TOWERS, Family, dig, resolve_family
+from expertcut.model.families import HIDDEN_KEYS, MTP_KEYS, MTP_SCOPE, TOWERS, Family, dig, resolve_family
 from expertcut.model.numbers import Numbers
 from expertcut.model.uneven import KEY, LayerNumbers, layer_numbers, stock_config
 
@@ -195,12 +196,14 @@ class Geometry:
         ]
 
     def mtp_edits(self, config: Mapping[str, Any]) -> list[Edit]:
-        """Return the values of the raw config that change when multi-token-prediction layers go: their counts, to 0."""
+        """Return the values of the raw config that change when multi-token-prediction layers go: to 0, false, empty."""
+        roots = dict.fromkeys((self.family.root, ()))
         return [
-            Edit((*path, key), found, 0)
-            for path in dict.fromkeys((self.family.root, ()))
+            Edit((*path, key), found, type(found)())
+            for root in roots
+            for path in (root, (*root, MTP_SCOPE))
             for key in MTP_KEYS
-            if isinstance(found := (dig(config, path) or {}).get(key), int) and found != 0
+            if isinstance(found := (dig(config, path) or {}).get(key), int | str | list) and found
         ]
 
 
@@ -391,7 +394,12 @@ def _edited(found: Any, old: int, new: int) -> Any:
 
 def in_tower(name: str) -> bool:
     """True if a tensor or module belongs to a part that is no language model."""
-    return any(fnmatchcase(part, tower) for part in name.split(".")[:3] for tower in TOWERS)
+    return any(map(_is_tower, name.split(".", 3)[:3]))
+
+
+@lru_cache(maxsize=1024)  # names are many, their first parts few
+def _is_tower(part: str) -> bool:
+    return any(fnmatchcase(part, tower) for tower in TOWERS)
 
 
 def _is_mtp(name: str, layers: int, stacks: Collection[str] | None = None) -> bool:

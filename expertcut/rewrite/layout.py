@@ -173,7 +173,7 @@ def plan_layout(ckpt: Checkpoint, geometry: Geometry, plan: Plan, max_shard_size
     tensors = out_tensors(ckpt, geometry, kept, top_k, dropped_tensors(plan, geometry))
     groups = list(pack(tensors, max_shard_size))
     shards = tuple(_shard(_shard_name(i, len(groups)), group) for i, group in enumerate(groups))
-    documents = rewritten_companions(ckpt, geometry, kept)
+    documents = rewritten_companions(ckpt, geometry, plan)
     companions = {name: size for name, size in _companions(ckpt).items() if name not in documents}
     return Layout(
         shards, _index(shards), edit_config(ckpt.config, edits), edits, companions, documents, plan.experts,
@@ -191,21 +191,21 @@ def config_edits(ckpt: Checkpoint, geometry: Geometry, plan: Plan) -> tuple[Edit
     found = numbers(plan, geometry)
     marks = list(differences(ckpt.config, marked(ckpt.config, found))) if found.uneven else []
     announced = geometry.mtp_edits(ckpt.config) if plan.mtp == "drop" else []
-    return (*owned, *announced, *marks, *quantization_edits(ckpt.config, geometry, kept_by_block(plan, geometry)))
+    kept, dropped = kept_by_block(plan, geometry), dropped_tensors(plan, geometry)
+    return (*owned, *announced, *marks, *quantization_edits(ckpt.config, geometry, kept, dropped))
 
 
-def rewritten_companions(
-    ckpt: Checkpoint, geometry: Geometry, kept: Mapping[str, Sequence[int]]
-) -> dict[str, bytes]:  # fmt: skip
-    """Return the companions that repeat the quantization config and name single experts, as they must become.
+def rewritten_companions(ckpt: Checkpoint, geometry: Geometry, plan: Plan) -> dict[str, bytes]:
+    """Return the companions that repeat the quantization config and name single modules, as they must become.
 
     Raises:
         CheckpointError: such a file is no valid JSON, or an entry cannot be rewritten exactly.
     """
     found = {}
+    kept, dropped = kept_by_block(plan, geometry), dropped_tensors(plan, geometry)
     for name in set(COMPANIONS) & set(ckpt.companions):
         old = load_json(ckpt.path / name)
-        new = rewrite_document(old, name, geometry, kept)
+        new = rewrite_document(old, name, geometry, kept, dropped)
         if json.dumps(new) != json.dumps(old):
             found[name] = config_bytes(new)
     return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Literal, Self
 
@@ -44,9 +43,9 @@ class Record(BaseModel):
     @classmethod
     def of(cls, ckpt: Checkpoint, before: Size, layout: Layout, plan: Plan) -> Self:
         """Return the record of a rewrite."""
-        source = ckpt.path.resolve().name if os.path.isdir(ckpt.name) else ckpt.name
         after = Size(nbytes=layout.nbytes, experts=layout.experts, top_k=layout.top_k)
-        return cls(tool=f"expertcut {expertcut.__version__}", source=source, before=before, after=after, plan=plan)
+        tool = f"expertcut {expertcut.__version__}"
+        return cls(tool=tool, source=ckpt.public_name, before=before, after=after, plan=plan)
 
     @classmethod
     def load(cls, folder: Path) -> Self:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from expertcut.checkpoint import DTYPE_BITS, Checkpoint, load_json, open_checkpoint, read_header
 from expertcut.checkpoint.local import INDEX, SINGLE
-from expertcut.choose.plan import Plan, dropped_tensors, kept_by_block, numbers, reachable, validate
+from expertcut.choose.plan import Plan, dropped_tensors, group_best, kept_by_block, numbers, reachable, validate
 from expertcut.errors import CheckpointError, PlanError, VerifyError
 from expertcut.model import Geometry, check_fingerprint, read_geometry
 from expertcut.rewrite.compare import Survivor, changed_files, changed_tensors, survivors, wrong_files, wrong_tensors
@@ -57,7 +57,8 @@ def verify_structure(out: str | Path | Checkpoint, source: Checkpoint | None = N
         ckpt = out if isinstance(out, Checkpoint) else open_checkpoint(out)
     except CheckpointError as error:
         return [Check("opens", False, error.message)]
-    opened = f"{len(ckpt.tensors)} tensors in {len(ckpt.shards)} shards; headers, files and index agree"
+    shards = f"{len(ckpt.shards)} shard{'s' if len(ckpt.shards) > 1 else ''}"
+    opened = f"{len(ckpt.tensors)} tensors in {shards}; headers, files and index agree"
     checks = [
         Check("opens", True, opened),
         _check("files", _wrong_files(ckpt), "named and numbered as runtimes expect; nothing stale, nothing unfinished"),
@@ -87,9 +88,8 @@ def verify_bytes(out: str | Path | Checkpoint, source: Checkpoint) -> list[Check
     try:
         ckpt = out if isinstance(out, Checkpoint) else open_checkpoint(out)
         plan = Record.load(ckpt.path).plan
-        kept = kept_by_block(plan, geometry)
         expected = list(_survivors(source, geometry, plan))
-        documents = rewritten_companions(source, geometry, kept)
+        documents = rewritten_companions(source, geometry, plan)
     except (CheckpointError, PlanError) as error:
         return [Check("tensor bytes", False, error.message)]
     files = [name for name in source.companions if name != RECORD and name not in documents]
@@ -138,9 +138,9 @@ def _wrong_files(ckpt: Checkpoint) -> Iterator[str]:
 
 
 def _unroutable(geometry: Geometry) -> Iterator[str]:
-    groups, best = geometry.n_group, geometry.family.group_best
+    groups, best = geometry.n_group, group_best(geometry)
     for experts, top_k in sorted({(block.experts, block.top_k) for block in geometry.blocks.values()}):
-        if groups > 1 and experts // groups < best:
+        if experts // groups < best:
             found = f"config.json: {experts // groups} experts per group"
             yield f"{found}, but the router ranks groups by their {best} best"
         usable = reachable(geometry, experts)

@@ -5,12 +5,20 @@ Invariant: every runtime gets at least one finding, and `fast` only if all of it
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from expertcut.model.geometry import Geometry
-from expertcut.runtimes.rules import RULES, RUNTIMES, LintSubject, Rule, Status
+from expertcut.choose.plan import min_experts
+from expertcut.model import ExpertTensor, Geometry, MoeBlock
+from expertcut.model.families import dig
+from expertcut.runtimes.rules import READ, RULES, RUNTIMES, LintSubject, Rule, Status
+from expertcut.runtimes.schemes import misread_layer
+
+RANKS = 64
+"""The most ranks that `fits` looks at."""
+_MTP_KEYS = ("num_nextn_predict_layers", "mtp_num_hidden_layers")
+"""Those that llama.cpp reads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,20 +29,54 @@ class LintFinding:
     status: Status
     rule: str
     reason: str
+    source: str
+    """Where in the runtime's source the rule was read; empty for `all`."""
+    version: str
+    """The version, or month, of the runtime that was read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """What a runtime can serve fast, and how it can be split over ranks; ascending, None: there is no rule."""
+
+    runtime: str
+    fast_experts: tuple[int, ...]
+    """Expert counts, up to the present one, that load and stay on the fast path."""
+    tp: tuple[int, ...] | None
+    """Tensor-parallel sizes, powers of two, for the present expert count."""
+    ep: tuple[int, ...] | None
+    """Expert-parallel sizes over which the present experts split equally."""
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """Why an expert count is off a runtime's fast path, and the nearest ones that are on it."""
+
+    runtime: str
+    reason: str
+    below: int | None
+    above: int | None
 
 
 def lint_subject(geometry: Geometry, config: Mapping[str, Any]) -> LintSubject:
     """Gather what the rules look at from a checkpoint's geometry and raw config."""
-    family, scope = geometry.family, config
-    for key in family.root:
-        scope = scope[key]
+    family = geometry.family
+    scope = dig(config, family.root) or config
     quantization = config.get("quantization_config") or scope.get("quantization_config") or {}
+    trunk = {_experts(block, geometry) for block in geometry.trunk}
+    heads = scope.get("num_attention_heads")
+    announced = any(edit.path[-1] in _MTP_KEYS for edit in geometry.mtp_edits(config))
     return LintSubject(
         family.model_type, geometry.num_experts, geometry.top_k, geometry.n_group, geometry.topk_group,
-        group_best=family.group_best, grouped=bool(scope.get("n_group")),
+        group_best=min_experts(geometry) // geometry.n_group, grouped=bool(scope.get("n_group")),
         correction_bias=family.correction_bias is not None, quant_method=quantization.get("quant_method"),
         tied_head=bool(scope.get("tie_word_embeddings", config.get("tie_word_embeddings", False))),
         expert_key=None if scope.get(family.experts[0]) is not None else family.experts[0],
+        width=geometry.expert_width, heads=heads if isinstance(heads, int) else None,
+        block=max(quantization.get("weight_block_size") or (), default=None),
+        uneven=len(trunk) > 1, mtp_uneven=not {_experts(block, geometry) for block in geometry.mtp} <= trunk,
+        mtp_missing=announced and not (geometry.mtp or geometry.mtp_tensors),
+        misread=misread_layer(quantization, geometry),
     )  # fmt: skip
 
 
@@ -47,40 +89,68 @@ def lint(subject: LintSubject) -> list[LintFinding]:
     """Judge a checkpoint for every runtime, in the order of `RUNTIMES`: one finding per broken rule, or one `fast`."""
     findings = []
     for runtime in RUNTIMES:
-        broken = broken_rules(subject, runtime)
-        findings += [LintFinding(runtime, rule.status, rule.name, rule.reason.format(s=subject)) for rule in broken]
+        version, broken = READ[runtime], broken_rules(subject, runtime)
+        findings += [
+            LintFinding(runtime, rule.status, rule.name, rule.reason.format(s=subject), rule.source, version)
+            for rule in broken
+        ]
         if not broken:
             concerned = sum(runtime in rule.runtimes and rule.concerns(subject) for rule in RULES)
-            findings.append(LintFinding(runtime, "fast", "all", f"{concerned} of {concerned} rules hold"))
+            findings.append(LintFinding(runtime, "fast", "all", f"{concerned} of {concerned} rules hold", "", version))
     return findings
 
 
-def fast_expert_counts(subject: LintSubject, maximum: int, runtimes: Collection[str] = ("vLLM",)) -> list[int]:
-    """Return the expert counts up to `maximum`, ascending, that load and are fast in all of `runtimes`.
+def fast_expert_counts(subject: LintSubject, maximum: int, runtime: str = "vLLM") -> list[int]:
+    """Return the expert counts up to `maximum`, ascending, that load and are fast in a runtime.
 
     Other facts, top-k and groups among them, stay as they are. A kernel that only wants a tuning run counts as fast.
     """
-
-    def fast(experts: int) -> bool:
-        candidate = replace(subject, experts=experts)
-        return all(rule.tunable for runtime in runtimes for rule in broken_rules(candidate, runtime))
-
-    return [experts for experts in range(1, maximum + 1) if fast(experts)]
+    return [experts for experts in range(1, maximum + 1) if not _slow(replace(subject, experts=experts), runtime)]
 
 
-def nearest_fast_counts(subject: LintSubject, maximum: int) -> tuple[int | None, int | None]:
-    """Return the fast expert counts next to the subject's, from below and from above up to `maximum`; None: no such."""
-    counts = fast_expert_counts(subject, maximum)
-    below = [count for count in counts if count <= subject.experts]
-    above = [count for count in counts if count >= subject.experts]
-    return max(below, default=None), min(above, default=None)
+def advise(subject: LintSubject, maximum: int) -> list[Advice]:
+    """Return, for every runtime whose fast path the subject's count leaves, the nearest counts up to `maximum` on it.
+
+    Runtimes that no count up to `maximum` would please are left out.
+    """
+    advice = []
+    for runtime in RUNTIMES:
+        counts = fast_expert_counts(subject, maximum, runtime)
+        broken = _slow(subject, runtime)
+        if broken and counts:
+            below = max((count for count in counts if count < subject.experts), default=None)
+            above = min((count for count in counts if count > subject.experts), default=None)
+            advice.append(Advice(runtime, broken[0].reason.format(s=subject), below, above))
+    return advice
 
 
-def tp_sizes(experts: int, maximum: int = 64) -> list[int]:
-    """Return the tensor-parallel sizes, powers of two up to `maximum` ranks, that a count of experts allows."""
-    return [size for size in (2**i for i in range(maximum.bit_length())) if size <= min(experts, maximum)]
+def fits(subject: LintSubject) -> list[Fit]:
+    """Return, per runtime, the expert counts up to the subject's that stay fast, and the sizes it can be split over."""
+    tp = {size: replace(subject, tp=size) for size in (2**i for i in range(RANKS.bit_length()))}
+    ep = {size: replace(subject, ep=size) for size in range(1, RANKS + 1)}
+    return [
+        Fit(
+            runtime, tuple(fast_expert_counts(subject, subject.experts, runtime)),
+            _sizes(tp, runtime, "tensor-parallel"), _sizes(ep, runtime, "expert-parallel"),
+        )
+        for runtime in RUNTIMES
+    ]  # fmt: skip
 
 
-def ep_sizes(experts: int, redundant: int = 0, maximum: int = 64) -> list[int]:
-    """Return the expert-parallel sizes up to `maximum` ranks over which the experts split equally."""
-    return [size for size in range(1, maximum + 1) if (experts + redundant) % size == 0]
+def _sizes(split: Mapping[int, LintSubject], runtime: str, name: str) -> tuple[int, ...] | None:
+    """The sizes whose subject keeps the runtime's rules of a name, None if it has no such rules."""
+    rules = [rule for rule in RULES if rule.name == name and runtime in rule.runtimes]
+    kept = (size for size, subject in split.items() if all(not r.concerns(subject) or r.holds(subject) for r in rules))
+    return tuple(kept) if rules else None
+
+
+def _slow(subject: LintSubject, runtime: str) -> list[Rule]:
+    """The broken rules that no tuning run mends."""
+    return [rule for rule in broken_rules(subject, runtime) if not rule.tunable]
+
+
+def _experts(block: MoeBlock, geometry: Geometry) -> int:
+    """How many experts a block holds; fused ones are as many as the config says, or the geometry would not open."""
+    roles = (geometry.roles[name] for name in block.tensors)
+    ids = {role.expert for role in roles if isinstance(role, ExpertTensor) and role.expert < geometry.num_experts}
+    return len(ids) or geometry.num_experts

@@ -9,6 +9,7 @@ import pytest
 import torch
 from reference import load, logits, profile
 from tiny_models import NAMES, TINY, counted_reads, messages, read_tensors, tiny_model, tokens, write_shards, write_tiny
+from tiny_types import tiny_type
 
 from expertcut.calibrate.batches import Batch, batch_of, make_batches
 from expertcut.calibrate.data import CalibrationSet
@@ -20,6 +21,8 @@ from expertcut.errors import CheckpointError, ExpertcutError
 from expertcut.model import read_geometry
 
 CPU = torch.device("cpu")
+CARRYING = ("glm_moe_dsa", "glm5_next", "hy_v4", "mistral_large4", "zaya")
+"""Types whose layers hand more than hidden states on to the next."""
 
 
 def stream(folder: Path, dtype: torch.dtype = torch.float32, resident: bool = False) -> LayerStream:
@@ -179,7 +182,8 @@ class Hungry:
             torch.empty(1 << 60, dtype=torch.uint8)
 
 
-def test_lack_of_memory_halves_the_micro_batch(folder: Path) -> None:
+def halved(folder: Path) -> None:
+    """Run with memory for two sequences in the second layer, and compare."""
     data = tokens((20, 20, 20, 20, 20, 13, 9))
     layers = stream(folder)
     expected = run(layers, batches(data, 10**6))
@@ -201,6 +205,19 @@ def test_lack_of_memory_halves_the_micro_batch(folder: Path) -> None:
     for b, row in enumerate(batches(data)[0].rows):
         length = len(data.sequences[row].ids)
         torch.testing.assert_close(found[row][:length], expected[0][b, :length], rtol=1e-4, atol=1e-4)
+
+
+def test_lack_of_memory_halves_the_micro_batch(folder: Path) -> None:
+    halved(folder)
+
+
+@pytest.mark.parametrize("name", CARRYING)
+def test_what_layers_hand_on_is_halved_too(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tiny_type(name, tmp_path_factory)
+    layers = stream(folder)
+    assert layers._carried is not None
+    layers.close()
+    halved(folder)
 
 
 def test_single_sequence_that_does_not_fit(tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import torch
 from reference import profile
-from tiny_models import read_tensors, tokens
+from tiny_models import calibration, read_tensors, tokens
 from tiny_types import EXPERTS, NOT_STREAMED, STREAMED, SUPPORTED, model_class, tiny_type
 
-from expertcut.calibrate.profile import Profile
+from expertcut.calibrate.profile import Profile, merge
 from expertcut.checkpoint import open_checkpoint
 from expertcut.errors import CheckpointError
 from expertcut.model import read_geometry
@@ -218,6 +218,17 @@ def test_routing_of_every_layer(name: str, folder: Path, observed: Profile) -> N
         np.testing.assert_allclose(found.gate_sum, mass.sum(axis=1), rtol=1e-4, atol=1e-6)
         np.testing.assert_allclose(found.entropy, entropy, rtol=1e-4)
         assert found.tokens == DATA.tokens
+
+
+def test_profiles_of_parts_add_up(folder: Path, observed: Profile, tmp_path: Path) -> None:
+    """Law 6; every sequence runs by itself, so that only the order of float64 sums differs."""
+    prose, *rest = DATA.sequences
+    parts = [calibration([prose], ("prose",)), calibration(rest, ("prose", "code"))]
+    one, other = (profile(folder, part, tmp_path / str(i), micro_tokens=1) for i, part in enumerate(parts))
+    both = merge(one, other)
+    assert both.meta.domains == observed.meta.domains and both.meta.tokens() == observed.meta.tokens()
+    for key, values in both.arrays.items():
+        np.testing.assert_allclose(values, observed.arrays[key], rtol=1e-9, atol=1e-12, err_msg=key)
 
 
 def test_padded_micro_batches_give_the_same_counts(folder: Path, observed: Profile, tmp_path: Path) -> None:

@@ -121,13 +121,15 @@ def test_the_model_is_a_plain_one(tmp_path_factory: pytest.TempPathFactory) -> N
 @pytest.mark.parametrize(
     "config, words",
     [
-        ({"quant_method": "bitsandbytes"}, ["bitsandbytes", "known: fp8"]),
+        ({"quant_method": "bitsandbytes"}, ["'bitsandbytes', such as lm_head.codes, ", "known: fp8"]),
+        ({"quant_method": "hqq"}, ["'hqq', such as lm_head.codes, "]),
         ({"quant_method": "awq", "version": "gemv"}, ["awq (gemv)"]),
         ({"quant_method": "gptq", "checkpoint_format": "marlin"}, ["gptq (marlin)"]),
     ],
 )
 def test_other_quantisers_are_refused_with_a_way_out(config: dict[str, str], words: list[str], tmp_path: Path) -> None:
     folder = write_tiny(tmp_path / "model", "qwen3_moe", quantization_config=config)
+    write_shards(folder, read_tensors(folder) | {"lm_head.codes": torch.zeros(4, dtype=torch.uint8)})
     with pytest.raises(CheckpointError) as caught:
         reader(folder)
     assert all(word in caught.value.message for word in words)
@@ -143,7 +145,9 @@ def test_what_does_not_fit_is_named(tmp_path: Path, tmp_path_factory: pytest.Tem
     with pytest.raises(CheckpointError, match=r"experts\.3\.up_proj\.weight: found F8_E4M3 values, but no scales"):
         reader(tmp_path).view(weight)
     write_shards(tmp_path, tensors | {f"{weight}_scale_inv": torch.ones(5, 2)})
-    with pytest.raises(CheckpointError, match=r"experts\.3\.up_proj\.weight: scales \[5, 2\] do not fit .*\[24, 32\]"):
+    with pytest.raises(
+        CheckpointError, match=r"experts\.3\.up_proj\.weight, .* fp8: scales \[5, 2\] do not fit .*\[24, 32\]"
+    ):
         reader(tmp_path).view(weight)
 
 
@@ -155,6 +159,23 @@ def test_packed_words_of_another_width_are_named(tmp_path: Path, tmp_path_factor
     write_shards(tmp_path, tensors | {weight: tensors[weight].repeat(1, 2)})  # as 8 bits would be
     with pytest.raises(CheckpointError, match=r"experts\.3\.up_proj\.qweight: shape \[32, 16\] with .*neither GPTQ"):
         reader(tmp_path)
+
+
+@pytest.mark.parametrize("name, method", [("GPTQ", "gptq"), ("INT4", "compressed-tensors")])
+def test_odd_numbers_of_bits_are_named(
+    name: str, method: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Three bits, which may straddle words."""
+    folder, _ = quantised_pair(name, tmp_path_factory)
+    tensors = read_tensors(folder)
+    module = "model.layers.1.mlp.experts.3.up_proj"
+    words = {f"{module}.qweight": (3, 64), f"{module}.qzeros": (2, 6), f"{module}.weight_packed": (64, 3)}
+    three = {n: torch.zeros(shape, dtype=torch.int32) for n, shape in words.items() if n in tensors}
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    write_shards(tmp_path, tensors | three)
+    with pytest.raises(CheckpointError, match=rf"up_proj\.weight, quantised by {method}: .* 2, 4 or 8 bits") as caught:
+        reader(tmp_path).view(f"{module}.weight")
+    assert "sibling" in str(caught.value.hint)
 
 
 @every_format

@@ -34,7 +34,7 @@ def test_experts_and_drop() -> None:
 
 @pytest.mark.parametrize(
     ("keep", "n_group", "expected"),
-    [(1.0, 1, 32), (0.75, 1, 24), (0.7, 1, 22), (0.5, 4, 16), (0.7, 4, 24), (0.01, 1, 1), (0.01, 4, 8), (1.0, 4, 32)],
+    [(1.0, 1, 32), (0.75, 1, 24), (0.7, 1, 22), (0.5, 4, 16), (0.7, 4, 24), (0.01, 1, 2), (0.01, 4, 8), (1.0, 4, 32)],
 )
 def test_keep(keep: float, n_group: int, expected: int) -> None:
     assert chosen(keep=keep, n_group=n_group) == expected
@@ -50,7 +50,7 @@ def test_keep_is_the_nearest_multiple_of_the_groups(keep: float, n_group: int) -
     model = geometry(64, n_group=n_group)
     budget = resolve_budget(NOWHERE, model, keep=keep)
     assert budget.experts % n_group == 0
-    least = 2 * n_group if n_group > 1 else 1
+    least = 2 * n_group
     assert least <= budget.experts <= 64
     assert abs(budget.experts - keep * 64) <= n_group / 2 + 1e-9 or budget.experts == least
     assert budget.note is not None

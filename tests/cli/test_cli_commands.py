@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from rich.console import Console
+from tiny_models import tiny_model
 
 from expertcut.checkpoint import open_checkpoint
 from expertcut.choose import Plan
 from expertcut.cli.common import WIDE, Output, console
-from expertcut.cli.tables import ranges, table
+from expertcut.cli.tables import ranges, steps, table
 
 if TYPE_CHECKING:
     from command_line import Cli
@@ -36,6 +38,26 @@ def test_inspect(cli: Cli, demo_model: Path) -> None:
     assert {finding["runtime"] for finding in found["lint"]} >= {"transformers", "vLLM", "llama.cpp", "mlx-lm"}
     text = cli("inspect", demo_model).out
     assert "qwen3_moe" in text and "5,826,752 bytes" in text and "2.91 million" in text
+
+
+def test_inspect_says_what_fits(cli: Cli, demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    fits = {found["runtime"]: found for found in cli("inspect", demo_model, "--json").document["fits"]}
+    assert fits["vLLM"]["fast_experts"] == [4, 8, 16, 32]
+    assert (fits["vLLM"]["tp"], fits["vLLM"]["ep"]) == ([1, 2, 4], [1, 2, 4, 8, 16, 32])
+    assert fits["mlx-lm"]["fast_experts"] == list(range(4, 33)) and fits["mlx-lm"]["tp"] is None
+    grouped = cli("inspect", tiny_model("deepseek_v3", tmp_path_factory))
+    rows = {line.split()[0]: line for line in grouped.out.splitlines() if line}
+    assert "6, 9, 12" in rows["vLLM"], "equal groups of two or more"
+    assert "none" in rows["SGLang"]
+
+
+def test_findings_name_their_source(cli: Cli, demo_model: Path, tmp_path: Path) -> None:
+    args = ("plan", demo_model, "--strategy", "odd", "--experts", 24, "-o", tmp_path / "p.json")
+    found = [f for f in cli(*args, "--json").document["lint"] if f["runtime"] == "vLLM"]
+    assert {(f["rule"], f["source"], f["version"]) for f in found} == {
+        ("top-k-kernel", "csrc/moe/topk_softmax_kernels.cu", "0.33"), ("tuned-config", "fused_moe/configs", "0.33")
+    }  # fmt: skip
+    assert "[csrc/moe/topk_softmax_kernels.cu]" in cli(*args).out
 
 
 def test_profile_writes_what_it_says(cli: Cli, demo_model: Path, tmp_path: Path) -> None:
@@ -105,13 +127,41 @@ def test_show_plan(cli: Cli, planned: Path) -> None:
     assert kept in long and kept not in short
 
 
-def test_plan_records_the_command_as_typed(cli: Cli, demo_model: Path, tmp_path: Path) -> None:
+def test_plan_records_the_command_without_places(
+    cli: Cli, demo_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "with space.json"
     cli("plan", demo_model, "--strategy", "random", "--seed", 7, "--keep", "50%", "-o", out)
     plan = Plan.load(out)
-    typed = f"expertcut plan {demo_model} --strategy random --seed 7 --keep 50% -o '{out}'"
+    typed = "expertcut plan _demo_model --strategy random --seed 7 --keep 50% -o 'with space.json'"
     assert plan.provenance["command"] == typed
+    assert plan.source.name == "_demo_model"
     assert plan.experts == 16
+    monkeypatch.chdir(demo_model)
+    assert cli("plan", ".", "--strategy", "random", "--keep=0.5", f"--out={out}").code == 0
+    assert Plan.load(out).source.name == "_demo_model"
+    assert Plan.load(out).provenance["command"] == (
+        "expertcut plan . --strategy random --keep=0.5 '--out=with space.json'"
+    )
+
+
+@pytest.mark.parametrize(
+    ("typed", "recorded"),
+    [
+        ("Qwen/Qwen3-30B-A3B", "Qwen/Qwen3-30B-A3B"), ("/home/me/models/m", "m"), ("/home/me/models/m/", "m"),
+        ("../../me/m", "m"), ("~/m", "m"), ("runs/m", "runs/m"), ("--out=/home/me/p.json", "--out=p.json"),
+        ("-o/home/me/p.json", "-op.json"), ("--revision=refs/pr/3", "--revision=refs/pr/3"), ("1:0,5", "1:0,5"),
+        ("/", "/"), ("--keep=50%", "--keep=50%"),
+    ],
+)  # fmt: skip
+def test_recorded_arguments_tell_nothing_of_the_machine(typed: str, recorded: str) -> None:
+    assert Output(["plan", typed]).command == shlex.join(["expertcut", "plan", recorded])
+
+
+def test_a_pruned_checkpoint_tells_nothing_of_the_machine(pruned: Path, demo_model: Path) -> None:
+    record = (pruned / "expertcut.json").read_text()
+    assert json.loads(record)["source"] == json.loads(record)["plan"]["source"]["name"] == "_demo_model"
+    assert str(demo_model.parent) not in record and str(pruned.parent) not in record
 
 
 def test_plan_options_reach_the_plan(cli: Cli, demo_model: Path, profiled: Path, tmp_path: Path) -> None:
@@ -121,7 +171,9 @@ def test_plan_options_reach_the_plan(cli: Cli, demo_model: Path, profiled: Path,
     assert found["experts"] == {"before": 32, "after": 12}
     assert found["top_k"] == {"before": 4, "after": 2}
     assert found["nbytes"]["before"] - found["nbytes"]["after"] == 20 * 4 * 2 * (3 * 96 * 64 + 96)
-    assert found["nearest_fast"] == {"below": 8, "above": 16}
+    assert [(n["runtime"], n["below"], n["above"]) for n in found["nearest_fast"]] == [
+        ("vLLM", 8, 16), ("SGLang", 8, 16)
+    ]  # fmt: skip
     assert any(finding["status"] == "loads" for finding in found["lint"] if finding["runtime"] == "vLLM")
     plan = Plan.load(tmp_path / "p.json")
     assert {0, 5, 7} <= set(plan.layers["model.layers.1.mlp"].kept)
@@ -135,10 +187,27 @@ def test_fit_takes_the_largest_fast_count(cli: Cli, demo_model: Path, tmp_path: 
     args = ("plan", demo_model, "--strategy", "router-norm", "-o", tmp_path / "p.json", "--fit")
     found = cli(*args, "4MB", "--json").document
     assert found["experts"]["after"] == 16
-    assert found["nearest_fast"] == {"below": 16, "above": 16}
+    assert found["nearest_fast"] == []
     assert "keeping 16 of 32 experts" in found["note"]
     assert "keeping 16 of 32 experts" in cli(*args, "2MB", "--tp", 2).out
     assert cli(*args, "1MB").code == 4
+
+
+def test_a_slow_count_is_taken_as_asked_with_a_hint(cli: Cli, demo_model: Path, tmp_path: Path) -> None:
+    """One line per runtime: why, and the counts next to it; nothing where the count is fast or nothing is cut."""
+    choice = ("--strategy", "odd", "--experts", 24)
+    made = cli("plan", demo_model, *choice, "-o", tmp_path / "p.json", "--json")
+    assert made.document["experts"]["after"] == 24
+    vllm, sglang = made.err.splitlines()
+    assert vllm.startswith("24 experts leave the fast path of vLLM: no fused top-k kernel for 24 experts")
+    assert vllm.endswith("; nearest on it: 16 and 32")
+    assert sglang.startswith("24 experts leave the fast path of SGLang: ")
+    assert cli("prune", demo_model, tmp_path / "out", *choice, "--dry-run", "--json").err == made.err
+    told = cli("prune", demo_model, tmp_path / "out", "--plan", tmp_path / "p.json", "--dry-run", "--json")
+    assert told.err == "" and told.document["nearest_fast"] == made.document["nearest_fast"]
+    for experts in (16, 32):
+        args = ("plan", demo_model, "--strategy", "odd", "--experts", experts, "-o", tmp_path / "q.json")
+        assert cli(*args).err == ""
 
 
 def test_dry_run_tells_exactly_what_is_written_then(cli: Cli, demo_model: Path, planned: Path, tmp_path: Path) -> None:
@@ -172,6 +241,7 @@ def test_verify(cli: Cli, demo_model: Path, pruned: Path) -> None:
     assert set(found) == {"ok", "checks"} and found["ok"] is True
     assert all(set(check) == {"name", "ok", "detail"} for check in found["checks"])
     names = [check["name"] for check in found["checks"]]
+    assert found["checks"][0]["detail"].endswith(" tensors in 1 shard; headers, files and index agree")
     assert len(alone.document["checks"]) < len(names)
     assert "tensor bytes" in names and any(name.startswith("numeric: logits equal") for name in names)
 
@@ -220,6 +290,14 @@ def test_tables_are_not_cut_where_there_is_no_terminal(capsys: pytest.CaptureFix
     lines = capsys.readouterr().out.splitlines()
     assert any(long in line and "1,234,567" in line for line in lines)
     assert "\x1b" not in "".join(lines)
+
+
+def test_steps() -> None:
+    assert steps(()) == ""
+    assert steps((4, 8, 16, 32)) == "4, 8, 16, 32"
+    assert steps((4, 5, 6, 7, 8)) == "4-8"
+    assert steps((1, 2, 4, 16, 24, 32, 40, 128)) == "1, 2, 4, 16, 24 … 40, 128"
+    assert steps((6, 9, 12)) == "6, 9, 12"
 
 
 def test_ranges() -> None:

@@ -18,13 +18,15 @@ from reference import profile
 from tiny_models import Tensors, read_tensors, silent, tokens
 from tiny_types import tiny_type
 
+from expertcut.calibrate.legacy import modern
 from expertcut.calibrate.profile import Profile
-from expertcut.checkpoint import TensorInfo
 from expertcut.choose import Plan, make_plan
 from expertcut.choose.plan import kept_by_block
+from expertcut.cli import run
 from expertcut.errors import ConfigConflictError, PlanError, UnknownTensorError, UsageError
 from expertcut.measure.numeric import verify_numeric
 from expertcut.model import check_fingerprint, geometry_hash, read_geometry
+from expertcut.model.summary import nbytes_with, summarise
 from expertcut.rewrite import prune, require, verify_bytes, verify_structure
 from expertcut.rewrite.config import edit_config
 from expertcut.rewrite.quantization import quantization_edits
@@ -58,8 +60,15 @@ def hub(saved: Model, tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 
 @pytest.fixture(scope="module")
-def observed(hub: Model, tmp_path_factory: pytest.TempPathFactory) -> Profile:
-    return profile(hub.folder, DATA, tmp_path_factory.mktemp("profile"))
+def profiled(hub: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("profile")
+    profile(hub.folder, DATA, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def observed(profiled: Path) -> Profile:
+    return Profile.load(profiled)
 
 
 def left_of(tensors: Tensors, plan: Plan) -> Tensors:
@@ -147,7 +156,6 @@ def test_law_4_and_what_does_not_fit_together(hub: Model) -> None:
         ConfigConflictError, r"experts.15.up_proj.weight is missing: found 15 of 16", experts__15__up_proj__weight=None
     )
     stopped(ConfigConflictError, "expert 16, but the config counts 8", experts__16__up_proj__weight=(12, 32))
-    assert isinstance(tensors[bias], TensorInfo)
 
 
 def test_law_6_a_profile_is_the_same_in_either_layout_and_knows_text_only(
@@ -176,6 +184,43 @@ def test_text_ranks_its_experts_and_the_router_those_for_images(hub: Model, obse
     longest = tensors[f"{PREFIX}.gate.weight"].double().norm(dim=0).topk(3).indices
     assert norms.layers[PREFIX].kept == tuple(sorted(longest.tolist()))
     assert "router-norm" not in str(norms.provenance["budget"])
+
+
+def test_what_users_are_told(hub: Model, profiled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = tmp_path / "plan.json"
+    options = ["--profile", str(profiled), "--strategy", "reap", "--experts", "3", "-o", str(plan)]
+    assert run(["plan", str(hub.folder), *options]) == 0
+    assert "those that text does not use are chosen by router-norm: no profile knows them" in capsys.readouterr().out
+    assert run(["show", "-v", str(plan)]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"{layer} {name} " in shown for layer in (1, 2) for name in ("mlp", "vision_moe"))
+    assert re.search(r"layers +1-2\s", shown)
+
+
+def test_sizes_count_both_sets_and_a_token_of_text_uses_the_first(hub: Model, tmp_path: Path) -> None:
+    facts = summarise(hub.checkpoint, hub.geometry)
+    text, images, rows = 3 * 32 * 24, 3 * 32 * 12, 2 * (32 + 1)
+    assert (facts.experts, facts.expert_width) == (8, 24)
+    assert facts.nbytes_per_expert == 2 * 4 * (text + images + rows)
+    assert facts.parameters is not None
+    assert facts.activated == facts.parameters - 2 * (6 * (text + rows) + 8 * images)
+    prune(hub.checkpoint, hub.geometry, hub.random_plan(), tmp_path / "out")
+    assert Model(tmp_path / "out").checkpoint.nbytes == nbytes_with(hub.checkpoint, hub.geometry, hub.fewer)
+
+
+@pytest.mark.parametrize(
+    ("changed", "layers", "shared"),
+    [({}, "dss", 2), ({"moe_layer_start_index": 2, "moe_num_shared_experts": None}, "dds", 0),
+     ({"moe_layer_end_index": [1, 1]}, "dsd", 2), ({"moe_layer_interval": 2}, "dsd", 2)],
+)  # fmt: skip
+def test_published_configs_become_transformers(changed: dict[str, Any], layers: str, shared: int) -> None:
+    """The largest one has a number where the others have lists, and leaves out what is 0."""
+    text = modern(HUB | changed)["text_config"]
+    assert "".join(kind[0] for kind in text["mlp_layer_types"]) == layers
+    assert (text["moe_num_experts"], text["moe_num_shared_experts"]) == (8, shared)
+    published = HUB | {"hidden_size": 2560, "num_attention_heads": 20, "freq_allocation": 20}
+    assert modern(published)["text_config"]["rope_parameters"]["mrope_section"] == [22, 22, 20]
+    assert modern(modern(HUB)) == modern(HUB)
 
 
 def test_experts_are_protected_by_their_numbers_on_disk(hub: Model) -> None:

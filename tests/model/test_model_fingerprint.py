@@ -1,5 +1,6 @@
 """Fingerprints: the same for every storage format of a model, different for any other model."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from expertcut.checkpoint import open_checkpoint
 from expertcut.errors import PlanError
 from expertcut.model import Fingerprint, check_fingerprint, fingerprint, read_geometry
 
+SKETCH = (0.295485, -0.054529, 1.012651, 0.373509, 0.579759, -0.763501, 1.166191, -0.822361)
 FAMILIES = ["qwen3_moe", "deepseek_v3", "gpt_oss", "qwen3_vl_moe"]
 
 
@@ -38,6 +40,19 @@ def folder(name: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def copy(folder: Path, tmp_path: Path) -> Path:
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
     return tmp_path
+
+
+def test_the_sketch_of_a_router_never_changes(tmp_path: Path) -> None:
+    """Plans and profiles hold these numbers; they were computed by one product of matrices."""
+    config = {
+        "model_type": "qwen3_moe", "num_hidden_layers": 1, "hidden_size": 24, "moe_intermediate_size": 4,
+        "num_experts": 6, "num_experts_per_tok": 2,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    router = torch.arange(6 * 24, dtype=torch.float32).mul(0.7).sin().reshape(6, 24)
+    experts = {f"model.layers.0.mlp.experts.{e}.up_proj.weight": torch.zeros(4, 24) for e in range(6)}
+    write_shards(tmp_path, {"model.layers.0.mlp.gate.weight": router, **experts})
+    assert of(tmp_path).sketch["model.layers.0.mlp"] == pytest.approx(SKETCH, abs=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

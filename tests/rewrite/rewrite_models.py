@@ -34,6 +34,15 @@ class Truth:
     block: str = ""
     expert: int | None = None
     axis: int | None = None
+    tail: int = 0
+    """Rows behind those of the experts, which always stay."""
+
+    def rows(self, experts: int, kept: Sequence[int]) -> list[int]:
+        """Indices along the axis of experts, each with one row or several, that must be left."""
+        assert self.axis is not None
+        behind = self.shape[self.axis] - self.tail
+        unit = behind // experts
+        return [*(e * unit + i for e in kept for i in range(unit)), *range(behind, self.shape[self.axis])]
 
 
 @dataclass
@@ -51,6 +60,15 @@ class Model:
     def add(self, name: str, dtype: str, *shape: int, **role: Any) -> None:
         data = self.random.bytes(prod(shape) * DTYPE_BITS[dtype] // 8)
         self.tensors[name] = Truth(dtype, shape, data, **role)
+
+    def put(self, name: str, dtype: str, shape: Sequence[int], data: bytes, **role: Any) -> None:
+        self.tensors[name] = Truth(dtype, tuple(shape), data, **role)
+
+    def shuffle(self, order: random.Random) -> None:
+        """Put the tensors in another order."""
+        names = list(self.tensors)
+        order.shuffle(names)
+        self.tensors = {name: self.tensors[name] for name in names}
 
     def router(self, block: str, name: str) -> None:
         values = self.random.normal(size=(self.experts, HIDDEN)).astype(np.float32)
@@ -70,7 +88,7 @@ class Model:
             elif truth.axis is not None:
                 size = DTYPE_BITS[truth.dtype] // 8
                 array = np.frombuffer(data, np.uint8).reshape(*shape, size)
-                array = array.take(list(kept[truth.block]), axis=truth.axis)
+                array = array.take(truth.rows(self.experts, kept[truth.block]), axis=truth.axis)
                 shape, data = array.shape[:-1], array.tobytes()
             left[name] = (truth.dtype, shape, data)
         return left

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from golden_names import DEEPSEEK_R1
+from golden_names import golden
 from rewrite_models import half, large, opened, plan_for
 
 from expertcut.choose import LayerPlan, Plan, Source
@@ -48,7 +48,7 @@ def test_no_torch_and_little_memory(repo: Path, tmp_path: Path) -> None:
 
 
 def test_the_layout_of_a_model_of_ninety_thousand_tensors() -> None:
-    ckpt = DEEPSEEK_R1.checkpoint()
+    ckpt = golden("deepseek-v3").checkpoint()
     assert len(ckpt.tensors) > 90_000
     geometry = read_geometry(ckpt)
     kept = tuple(range(0, 256, 2))

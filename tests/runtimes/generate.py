@@ -25,6 +25,7 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process, so that none outlives a time-out
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+    "VLLM_MLA_DISABLE": "1",  # on a CPU, latent attention knows the widths of released models only
 }
 
 
@@ -48,12 +49,16 @@ def transformers_tokens(model: str, prompts: Prompts, new_tokens: int) -> dict[s
 
 
 def vllm_tokens(model: str, prompts: Prompts, new_tokens: int) -> dict[str, Any]:
-    """vLLM's CPU backend."""
+    """vLLM's CPU backend.
+
+    Its own rotary kernel turns only the first head of queries shaped (tokens, heads, width), as DeepSeek's are (0.32).
+    """
     import vllm
 
     engine = vllm.LLM(
-        model=model, dtype="float32", enforce_eager=True, max_model_len=256, max_num_seqs=8, skip_tokenizer_init=True
-    )
+        model=model, dtype="float32", enforce_eager=True, max_model_len=256, max_num_seqs=8, skip_tokenizer_init=True,
+        compilation_config={"custom_ops": ["-rotary_embedding"]},
+    )  # fmt: skip
     params = vllm.SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True, detokenize=False)
     outputs = engine.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
     return {"version": vllm.__version__, "tokens": [list(output.outputs[0].token_ids) for output in outputs]}
