@@ -5,14 +5,19 @@ Legend: L MoE layers, K the model's own top-k.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import floor
+from math import floor, isfinite
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from expertcut.errors import UsageError
+from expertcut.model import Geometry
+
+if TYPE_CHECKING:
+    from expertcut.calibrate.profile import LayerStats, Profile
 
 FORM = "expected four numbers b,h,e,p: top-k of the first layer, of layer p, of the last layer, and p"
 
@@ -42,6 +47,9 @@ class Schedule:
             raise UsageError(f"--top-k-schedule {text}: {FORM}", "for example 6,8,8,61")
         return cls(*map(int, parts))
 
+    def __str__(self) -> str:
+        return f"--top-k-schedule {self.first},{self.middle},{self.last},{self.place}"
+
     def over(self, layers: Sequence[int], num_layers: int, top_k: int) -> tuple[int, ...]:
         """Return the top-k of the MoE layers with these absolute numbers (from 0), halves rounded up.
 
@@ -57,6 +65,56 @@ class Schedule:
         places = sorted(points)
         wanted = np.interp([layer + 1 for layer in layers], places, [points[place] for place in places])
         return tuple(floor(k + 0.5) for k in wanted.tolist())
+
+
+@dataclass(frozen=True, slots=True)
+class MeanTopK:
+    """A top-k of so many experts on average over the layers, distributed by what each layer loses."""
+
+    mean: float
+
+    def __str__(self) -> str:
+        return f"--mean-top-k {self.mean:g}"
+
+
+TopK = int | Schedule | MeanTopK
+
+
+def layer_top_k(
+    wanted: TopK | None, geometry: Geometry, profile: Profile | None, domain_weights: Mapping[str, float] | None
+) -> dict[str, int]:
+    """Return the top-k of every MoE block of the trunk, by prefix.
+
+    Raises:
+        UsageError: out of range, or an average without a profile.
+        ProfileError: a layer was not profiled.
+    """
+    trunk, most = geometry.trunk, geometry.top_k
+    if isinstance(wanted, Schedule):
+        found: Sequence[int] = wanted.over([block.layer for block in trunk], geometry.num_layers, most)
+    elif isinstance(wanted, MeanTopK):
+        if not (isfinite(wanted.mean) and 1 <= wanted.mean <= most):
+            raise UsageError(f"{wanted}: expected 1 to {most}, which the model activates")
+        if profile is None:
+            raise UsageError(f"{wanted} needs --profile", "expertcut profile MODEL -o PROFILE")
+        losses = np.stack([top_k_loss(profile.layer(block.prefix, domain_weights)) for block in trunk])
+        found = allocate(losses, floor(wanted.mean * len(trunk) + 1e-9))
+    else:
+        if wanted is not None and wanted < 1:
+            raise UsageError(f"--top-k {wanted}: expected 1 or more")
+        found = [wanted or most] * len(trunk)
+    return {block.prefix: k for block, k in zip(trunk, found, strict=True)}
+
+
+def top_k_loss(stats: LayerStats) -> NDArray[np.float64]:
+    """Return what a layer loses with a top-k of 1 … K, (K,): mean squared error of its output over its mean norm.
+
+    Between the absolute error, which favours late layers of large outputs, and the relative one, which favours early
+    ones whose outputs matter little: on trained models it ranks layers as the measured loss of each alone does.
+    """
+    tokens, energy = stats.tokens or 1.0, stats.out_sq or 1.0
+    found: NDArray[np.float64] = stats.topk_error / np.sqrt(tokens * energy)
+    return found
 
 
 def allocate(error_LK: NDArray[np.float64], total: int, least: int = 1) -> tuple[int, ...]:

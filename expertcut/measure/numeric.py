@@ -92,7 +92,7 @@ def _checks(
         ),
         Check(
             "numeric: logits equal the masked source's", middle <= TOLERANCE,
-            f"apart by {middle:.2e} in the middle, {float(masked.max()):.2e} at most, limit {TOLERANCE}",
+            f"the middle token apart by {middle:.2e}, limit {TOLERANCE} (the furthest {float(masked.max()):.2e})",
         ),
         Check("numeric: the unmasked source differs (control)", float(base.max()) > TOLERANCE or not used, unmasked),
         Check(
