@@ -90,7 +90,7 @@ class LayerStream:
         observer.register()
         self.reader = open_reader(checkpoint, dtype, device)
         self.config = hf.load_config(checkpoint)
-        self.model = hf.build_model(self.config, dtype)
+        self.model = hf.build_model(self.config, checkpoint.config, dtype)
         self.loader = hf.WeightLoader(self.model, self.reader, dtype, device)
         self._language: Any = getattr(self.model, "thinker", self.model)
         embeddings = self._language.get_input_embeddings()

@@ -31,8 +31,10 @@ from transformers.core_model_loading import (
 from expertcut.calibrate.adapters import adapt
 from expertcut.calibrate.legacy import modern
 from expertcut.calibrate.reader import TensorReader
+from expertcut.calibrate.uneven import per_layer
 from expertcut.checkpoint.types import Checkpoint
 from expertcut.errors import CheckpointError, RuntimeLintError
+from expertcut.model.uneven import stock_config
 
 TESTED = ("5.19", "5.23")
 """First and last minor release of transformers that the executor was tested with."""
@@ -62,11 +64,11 @@ def load_config(checkpoint: Checkpoint) -> PreTrainedConfig:
         CheckpointError: transformers does not know the model type.
     """
     try:
-        raw = modern(checkpoint.config)
+        raw = modern(stock_config(checkpoint.config))
         if raw is checkpoint.config:
             config = AutoConfig.from_pretrained(checkpoint.path)
         else:
-            config = CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
+            config = CONFIG_MAPPING[raw["model_type"]].from_dict(dict(raw))
     except (ValueError, KeyError, OSError) as error:
         raise CheckpointError(f"{checkpoint.name}: transformers cannot read config.json: {_line(error)}") from error
     for scope in (config, config.get_text_config()):
@@ -77,25 +79,35 @@ def load_config(checkpoint: Checkpoint) -> PreTrainedConfig:
 
 def config_like(config: PreTrainedConfig, raw: dict[str, Any]) -> PreTrainedConfig:
     """Return a config object of the same class from a raw config."""
-    return type(config).from_dict(type(config)._decode_special_floats(modern(raw)))
+    return type(config).from_dict(type(config)._decode_special_floats(modern(stock_config(raw))))
 
 
-def build_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """Return the class named by `architectures`, or transformers' causal language model of the config.
+
+    Raises:
+        KeyError: there is none.
+    """
+    named = getattr(transformers, (config.architectures or [""])[0], None)
+    return cast(type[PreTrainedModel], named or AutoModelForCausalLM._model_mapping[type(config)])
+
+
+def build_model(config: PreTrainedConfig, raw: Mapping[str, Any], dtype: torch.dtype) -> PreTrainedModel:
     """Build the model named by `architectures` on the meta device, in `dtype`, attention by scaled dot product.
+
+    `raw` is the config as it is or would be on disk: it may give every layer its own numbers.
 
     Raises:
         CheckpointError: the class is unknown or refuses the config.
+        RuntimeLintError: its layers cannot differ, but `raw` asks for it.
     """
-    name = (config.architectures or [""])[0]
-    model_class = getattr(transformers, name, None)
+    name = (config.architectures or [config.model_type])[0]
     try:
-        with torch.device("meta"):
-            if model_class is not None:
-                model = model_class._from_config(config, dtype=dtype)
-            else:
-                model = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
-    except (ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"transformers cannot build {name or config.model_type}: {_line(error)}") from error
+        kind = model_class(config)
+        with torch.device("meta"), per_layer(kind, raw):
+            model = kind._from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise CheckpointError(f"transformers cannot build {name}: {_line(error)}") from error
     adapt(model)
     return model.eval()  # type: ignore[no-any-return]
 

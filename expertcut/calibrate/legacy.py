@@ -6,6 +6,7 @@ has a class for the model, but reads those numbers from `text_config` only. Tens
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 LEGACY = {"ernie4_5_moe_vl": "ernie4_5_vl_moe"}
@@ -18,7 +19,7 @@ _TEXT = (
 )  # fmt: skip
 
 
-def modern(raw: dict[str, Any]) -> dict[str, Any]:
+def modern(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return a raw config as transformers reads it; the same object where it does so already.
 
     Raises:
@@ -42,7 +43,7 @@ def modern(raw: dict[str, Any]) -> dict[str, Any]:
     return kept | {"model_type": LEGACY[raw["model_type"]], "text_config": text}
 
 
-def _sections(raw: dict[str, Any]) -> list[int]:
+def _sections(raw: Mapping[str, Any]) -> list[int]:
     """Rotary frequencies of height, width and time: half a head in all, `freq_allocation` of it for time."""
     time = raw.get("freq_allocation") or 20
     half = (raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]) // 2

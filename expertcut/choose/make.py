@@ -20,12 +20,15 @@ from expertcut.choose.criteria import Criterion, PatternStats, Scores, WeightSta
 from expertcut.choose.plan import LayerPlan, Plan, Source, validate
 from expertcut.choose.protect import Protected, parse_protect, super_experts, union
 from expertcut.choose.select import select_experts
+from expertcut.choose.topk import MeanTopK, TopK, layer_top_k
 from expertcut.errors import UsageError
 from expertcut.model import Geometry, check_fingerprint, fingerprint
 
 if TYPE_CHECKING:
     from expertcut.calibrate.profile import Profile
 
+EVERYTHING = "first"
+"""The criterion where nothing is chosen, because all experts stay."""
 UNPROFILED = "router-norm"
 """The criterion for experts that text does not use, where the plan's own criterion needs a profile."""
 
@@ -34,14 +37,15 @@ def make_plan(
     checkpoint: Checkpoint,
     geometry: Geometry,
     *,
-    strategy: str,
+    strategy: str | None = None,
     experts: int | None = None,
     keep: float | None = None,
     drop: int | None = None,
     fit: int | None = None,
     tp: int = 1,
     fit_candidates: Sequence[int] | None = None,
-    top_k: int | None = None,
+    top_k: TopK | None = None,
+    per_layer: bool = False,
     profile: Profile | None = None,
     domain_weights: Mapping[str, float] | None = None,
     protect: Sequence[str] = (),
@@ -49,11 +53,12 @@ def make_plan(
     seed: int = 0,
     command: str = "",
 ) -> Plan:
-    """Choose the experts to keep, equally many in every layer and group.
+    """Choose the experts to keep, equally many in every layer and group, and the top-k.
 
     Exactly one of `experts`, `keep` (fraction), `drop` and `fit` (bytes per device, of `tp` devices; the largest of
     `fit_candidates` that fits, None: of all counts) is the budget; what it came to stands in the plan's provenance as
     `budget`, with a note to print. `domain_weights` multiply each domain's sums, absent domains count 0.
+    Without a `strategy` and a budget all experts stay, and only `top_k` changes; `per_layer` allows it to differ.
     `protect` takes `LAYER:ID[,ID…]` or `ID[,ID…]`; `protect_super` adds the super experts of the whole profile.
 
     Raises:
@@ -61,12 +66,21 @@ def make_plan(
         PlanError: the profile is another model's, protection exceeds the budget, or the result cannot be served.
         ProfileError: a layer was not profiled.
     """
-    criterion = get_criterion(strategy)
-    _check_options(criterion, profile, domain_weights, protect_super, top_k)
+    criterion = get_criterion(strategy or EVERYTHING)
+    weighs = isinstance(top_k, MeanTopK)
+    _check_options(criterion, profile, domain_weights, protect_super, weighs)
+    if strategy is None:
+        if top_k is None:
+            raise UsageError("no strategy given", "for example --profile PROFILE --strategy reap, or --top-k K alone")
+        if (experts, keep, drop, fit) == (None,) * 4:
+            experts = geometry.num_experts
+    tops = layer_top_k(top_k, geometry, profile, domain_weights)
     budget = resolve_budget(
         checkpoint, geometry, experts=experts, keep=keep, drop=drop, fit=fit, tp=tp, candidates=fit_candidates,
-        top_k=top_k,
+        top_k=max(tops.values()),
     )  # fmt: skip
+    if strategy is None and budget.experts < geometry.num_experts:
+        raise UsageError(f"{budget.option} needs --strategy", "for example --profile PROFILE --strategy reap")
     if geometry.family.twin and criterion.needs_profile and budget.experts < geometry.num_experts:
         blind = f"those that text does not use are chosen by {UNPROFILED}: no profile knows them"
         budget = replace(budget, note=f"{budget.note}; {blind}" if budget.note else blind)
@@ -89,11 +103,13 @@ def make_plan(
                 scores_E, budget.experts, n_group=geometry.n_group, protected=protected.get(prefix, ()),
                 layer=block.layer,
             )  # fmt: skip
-            layers[prefix] = LayerPlan(layer=block.layer, kept=kept, top_k=None if top_k == geometry.top_k else top_k)
+            k = tops[block.prefix]
+            layers[prefix] = LayerPlan(layer=block.layer, kept=kept, top_k=None if k == geometry.top_k else k)
     plan = Plan(
         source=Source(name=checkpoint.public_name, fingerprint=own),
         layers=layers,
-        provenance=_provenance(criterion, budget, named, supers, profile, domain_weights, seed, command),
+        per_layer=True if per_layer else None,
+        provenance=_provenance(strategy, budget, top_k, named, supers, profile, domain_weights, seed, command),
     )
     validate(plan, geometry)
     return plan
@@ -127,10 +143,8 @@ def _check_options(
     profile: Profile | None,
     domain_weights: Mapping[str, float] | None,
     protect_super: bool,
-    top_k: int | None,
+    weighs: bool,
 ) -> None:
-    if top_k is not None and top_k < 1:
-        raise UsageError(f"--top-k {top_k}: expected 1 or more")
     if criterion.needs_profile and profile is None:
         raise UsageError(
             f"strategy {criterion.name} needs --profile; strategies that need none: {', '.join(without_profile())}",
@@ -138,7 +152,7 @@ def _check_options(
         )
     if protect_super and profile is None:
         raise UsageError("protecting super experts needs --profile", "expertcut profile MODEL -o PROFILE")
-    if domain_weights is not None and not criterion.needs_profile:
+    if domain_weights is not None and not criterion.needs_profile and not weighs:
         raise UsageError(f"domain weights have no effect on strategy {criterion.name}, which looks at no data")
 
 
@@ -168,8 +182,9 @@ def _scores(
 
 
 def _provenance(
-    criterion: Criterion,
+    strategy: str | None,
     budget: Budget,
+    top_k: TopK | None,
     named: Protected,
     supers: Protected,
     profile: Profile | None,
@@ -177,8 +192,10 @@ def _provenance(
     seed: int,
     command: str,
 ) -> dict[str, JsonValue]:
-    facts: dict[str, JsonValue] = {"criterion": criterion.name, "paper": criterion.paper, "seed": seed}
+    paper = get_criterion(strategy).paper if strategy else None
+    facts: dict[str, JsonValue] = {"criterion": strategy, "paper": paper, "seed": seed}
     facts["budget"] = {"option": budget.option, "experts": budget.experts, "note": budget.note}
+    facts["top_k"] = None if top_k is None else f"--top-k {top_k}" if isinstance(top_k, int) else str(top_k)
     facts["protected"] = _ids(named)
     facts["super_experts"] = _ids(supers)
     facts["domain_weights"] = dict(domain_weights) if domain_weights is not None else None

@@ -1,7 +1,7 @@
 """The plan: which experts of every MoE block are kept, and the top-k. A JSON file that says for which model it is.
 
-Invariant: what `validate` accepts, the rewriter can write and stock runtimes load: one expert count and one top-k for
-the whole model, equal numbers per group, and no token that asks for more experts than its groups hold.
+Invariant: what `validate` accepts, the rewriter can write: equal numbers per group, and no token that asks for more
+experts than its groups hold. Stock runtimes load the result unless the plan says `per_layer`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -17,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, StrictInt, Validat
 from expertcut.checkpoint.jsonio import load_json, shown
 from expertcut.errors import CheckpointError, DestinationError, PlanError
 from expertcut.model import Fingerprint, Geometry
+from expertcut.model.uneven import LayerNumbers
 
 SCHEMA: Literal["expertcut.plan/1"] = "expertcut.plan/1"
 _AGAIN = "make the plan again with `expertcut plan`"
@@ -55,6 +57,8 @@ class Plan(_Record):
     schema_version: Literal["expertcut.plan/1"] = Field(default=SCHEMA, alias="schema")
     source: Source
     layers: Annotated[dict[str, LayerPlan], Field(min_length=1)]
+    per_layer: Literal[True] | None = None
+    """Layers may differ in expert count and top-k, which only expertcut's plug-ins serve; absent: all are alike."""
     groups: Literal["keep"] = "keep"
     mtp: Literal["lockstep", "drop"] = "lockstep"
     """What becomes of multi-token-prediction layers: pruned like the others, or dropped with their config field."""
@@ -63,12 +67,12 @@ class Plan(_Record):
 
     @property
     def experts(self) -> int:
-        """Experts kept per block (of the first; `validate` has them all equal)."""
-        return len(next(iter(self.layers.values())).kept)
+        """Experts kept per block, the largest number."""
+        return max(len(entry.kept) for entry in self.layers.values())
 
     def top_k(self, geometry: Geometry) -> int:
-        """Return the experts activated per token under this plan."""
-        return next(iter(self.layers.values())).top_k or geometry.top_k
+        """Return the experts activated per token under this plan, the largest number."""
+        return max(entry.top_k or geometry.top_k for entry in self.layers.values())
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -142,6 +146,20 @@ def kept_by_block(plan: Plan, geometry: Geometry) -> dict[str, tuple[int, ...]]:
     }
 
 
+def numbers(plan: Plan, geometry: Geometry) -> LayerNumbers:
+    """Return the expert count and the top-k of every MoE layer under a plan.
+
+    Raises:
+        PlanError: see `kept_by_block`.
+    """
+    kept = kept_by_block(plan, geometry)
+    lockstep = plan.layers[geometry.trunk[-1].prefix]
+    return LayerNumbers(
+        {block.layer: len(kept[block.prefix]) for block in geometry.blocks.values()},
+        {b.layer: plan.layers.get(b.prefix, lockstep).top_k or geometry.top_k for b in geometry.blocks.values()},
+    )
+
+
 def dropped_tensors(plan: Plan, geometry: Geometry) -> frozenset[str]:
     """Return the names of tensors that go altogether: those of multi-token-prediction layers that the plan drops."""
     return frozenset(geometry.mtp_tensors) if plan.mtp == "drop" else frozenset()
@@ -153,18 +171,20 @@ def validate(plan: Plan, geometry: Geometry) -> None:
     Raises:
         PlanError: naming the layer, found against expected.
     """
-    expected, keys = plan.experts, geometry.keys
-    for prefix, kept in kept_by_block(plan, geometry).items():
-        where = f"layer {keys[prefix].layer}"
-        _check_ids(kept, where, geometry.num_experts)
-        if len(kept) != expected:
-            raise PlanError(
-                f"{where} keeps {len(kept)} experts, expected {expected} as in the first MoE layer; "
-                "counts must be equal over layers",
-                _AGAIN,
-            )
-        _check_groups(kept, where, geometry)
-        _check_top_k(plan, prefix, where, geometry)
+    if geometry.uneven:
+        raise PlanError("the layers of the model differ already", "plan for the model that it was made from")
+    every = {(geometry.keys[prefix].layer, prefix): kept for prefix, kept in kept_by_block(plan, geometry).items()}
+    for (layer, _), kept in every.items():
+        _check_ids(kept, f"layer {layer}", geometry.num_experts)
+    found = numbers(plan, geometry)
+    if not plan.per_layer:
+        _check_uniform("experts", found.experts)
+        _check_uniform("top_k", found.top_k)
+    for (layer, prefix), kept in every.items():
+        if len(kept) != found.experts[layer]:
+            raise PlanError(f"{prefix} keeps {len(kept)} experts, expected {found.experts[layer]} as its twin", _AGAIN)
+        _check_groups(kept, f"layer {layer}", geometry)
+        _check_top_k(found.top_k[layer], len(kept), f"layer {layer}", geometry)
 
 
 def group_best(geometry: Geometry) -> int:
@@ -217,18 +237,21 @@ def _check_groups(kept: tuple[int, ...], where: str, geometry: Geometry) -> None
         )
 
 
-def _check_top_k(plan: Plan, prefix: str, where: str, geometry: Geometry) -> None:
-    expected = plan.top_k(geometry)
-    entry = plan.layers.get(prefix)
-    top_k = entry.top_k or geometry.top_k if entry else expected
-    if top_k != expected:
-        raise PlanError(
-            f"{where}: top_k={top_k}, expected {expected} as in the first MoE layer; top_k must be equal over layers",
-            _AGAIN,
-        )
+def _check_uniform(what: str, counts: Mapping[int, int]) -> None:
+    first, expected = next(iter(counts.items()))
+    for layer, count in counts.items():
+        if count != expected:
+            raise PlanError(
+                f"layer {layer}: {what} is {count}, expected {expected} as in layer {first}: stock runtimes load only "
+                "layers that are alike",
+                "plan with --per-layer, and serve with expertcut's plug-ins",
+            )
+
+
+def _check_top_k(top_k: int, experts: int, where: str, geometry: Geometry) -> None:
     if geometry.family.fixed_top_k and top_k != geometry.top_k:
         raise PlanError(f"top_k={top_k}, but the router of {geometry.family.model_type} knows {geometry.top_k} only")
-    usable = reachable(geometry, plan.experts)
+    usable = reachable(geometry, experts)
     if top_k > usable:
         groups = f" in the {geometry.topk_group} of {geometry.n_group} groups that a token uses"
         enough = experts_for(geometry, top_k)

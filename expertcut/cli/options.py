@@ -96,6 +96,34 @@ class Choice:
             "--top-k", metavar="K", help="Experts activated per token. Default: unchanged.", rich_help_panel=CHOICE
         ),
     ] = None
+    top_k_schedule: Annotated[
+        str | None,
+        typer.Option(
+            "--top-k-schedule",
+            metavar="B,H,E,P",
+            rich_help_panel=CHOICE,
+            show_default=False,
+            help="Top-k of the first layer, of layer P (from 1) and of the last, linear between.",
+        ),
+    ] = None
+    mean_top_k: Annotated[
+        float | None,
+        typer.Option(
+            "--mean-top-k",
+            metavar="K",
+            rich_help_panel=CHOICE,
+            show_default=False,
+            help="Top-k on average over the layers, each by what it loses (needs --profile).",
+        ),
+    ] = None
+    per_layer: Annotated[
+        bool,
+        typer.Option(
+            "--per-layer/--uniform",
+            rich_help_panel=CHOICE,
+            help="Let layers differ: served by expertcut's plug-ins only, and refused by all others.",
+        ),
+    ] = False
     domain_weights: Annotated[
         str | None,
         typer.Option(

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from expertcut.checkpoint import Checkpoint
     from expertcut.choose.plan import Plan
+    from expertcut.choose.topk import TopK
     from expertcut.cli.options import Choice
     from expertcut.model import Geometry
     from expertcut.runtimes.lint import Advice
@@ -25,21 +26,36 @@ def build_plan(checkpoint: Checkpoint, geometry: Geometry, choice: Choice, comma
     from expertcut.choose import make_plan, parse_domain_weights, parse_keep, parse_size
     from expertcut.runtimes.lint import fast_expert_counts
 
-    if choice.strategy is None:
-        raise UsageError("no strategy given", "for example --profile PROFILE --strategy reap")
     if choice.drop_mtp and not (geometry.mtp_tensors or geometry.mtp_edits(checkpoint.config)):
         raise UsageError(f"--drop-mtp: {checkpoint.name} has no multi-token-prediction layers")
-    subject = _subject(geometry, checkpoint.config, geometry.num_experts, choice.top_k or geometry.top_k)
+    top_k = _top_k(choice)
+    served = top_k if isinstance(top_k, int) else geometry.top_k
+    subject = _subject(geometry, checkpoint.config, geometry.num_experts, served)
     plan = make_plan(
         checkpoint, geometry, strategy=choice.strategy, experts=choice.experts, drop=choice.drop, tp=choice.tp,
         keep=parse_keep(choice.keep) if choice.keep is not None else None,
         fit=parse_size(choice.fit) if choice.fit is not None else None,
-        fit_candidates=fast_expert_counts(subject, geometry.num_experts), top_k=choice.top_k,
+        fit_candidates=fast_expert_counts(subject, geometry.num_experts), top_k=top_k, per_layer=choice.per_layer,
         profile=Profile.load(choice.profile) if choice.profile is not None else None,
         domain_weights=parse_domain_weights(choice.domain_weights) if choice.domain_weights is not None else None,
         protect=choice.protect or (), protect_super=choice.protect_super, seed=choice.seed, command=command,
     )  # fmt: skip
     return plan.model_copy(update={"mtp": "drop"}) if choice.drop_mtp else plan
+
+
+def _top_k(choice: Choice) -> TopK | None:
+    """The top-k that the options ask for, None if it stays."""
+    from expertcut.choose.topk import MeanTopK, Schedule
+
+    given = {
+        "--top-k": choice.top_k,
+        "--top-k-schedule": None if choice.top_k_schedule is None else Schedule.parse(choice.top_k_schedule),
+        "--mean-top-k": None if choice.mean_top_k is None else MeanTopK(choice.mean_top_k),
+    }
+    found = {name: value for name, value in given.items() if value is not None}
+    if len(found) > 1:
+        raise UsageError(f"found {' and '.join(found)}, expected at most one of them")
+    return next(iter(found.values()), None)
 
 
 @dataclass(frozen=True)
@@ -60,6 +76,7 @@ def outcome(checkpoint: Checkpoint, geometry: Geometry, plan: Plan) -> Outcome:
     Raises:
         ConfigConflictError: an entry of the quantization config cannot be rewritten for the plan.
     """
+    from expertcut.choose.plan import numbers
     from expertcut.cli.tables import lint_table, records, size
     from expertcut.model.summary import nbytes_with
     from expertcut.rewrite.config import edit_config
@@ -67,7 +84,8 @@ def outcome(checkpoint: Checkpoint, geometry: Geometry, plan: Plan) -> Outcome:
     from expertcut.runtimes.lint import advise, lint
 
     config = edit_config(checkpoint.config, config_edits(checkpoint, geometry, plan))
-    subject = _subject(geometry, config, plan.experts, plan.top_k(geometry))
+    found = numbers(plan, geometry)
+    subject = _subject(geometry, config, plan.experts, plan.top_k(geometry), found.uneven)
     findings = lint(subject)
     advice = advise(subject, geometry.num_experts) if plan.experts < geometry.num_experts else []
     before, after = checkpoint.nbytes, nbytes_with(checkpoint, geometry, plan.experts, plan.mtp != "drop")
@@ -79,8 +97,8 @@ def outcome(checkpoint: Checkpoint, geometry: Geometry, plan: Plan) -> Outcome:
         "nearest_fast": records(advice),
     }
     rows: list[tuple[str, object]] = [
-        ("experts per layer", _change(geometry.num_experts, plan.experts)),
-        ("top-k", _change(geometry.top_k, plan.top_k(geometry))),
+        ("experts per layer", _change(geometry.num_experts, found.experts)),
+        ("top-k", _change(geometry.top_k, found.top_k)),
         ("weights", f"{size(before)} → {size(after)}, {after / (before or 1):.1%}"),
     ]
     return Outcome(members, rows, lint_table(findings), [_hint(plan.experts, found) for found in advice])
@@ -91,13 +109,19 @@ def _hint(experts: int, found: Advice) -> str:
     return f"{experts} experts leave the fast path of {found.runtime}: {found.reason}; nearest on it: {near}"
 
 
-def _subject(geometry: Geometry, config: Mapping[str, Any], experts: int, top_k: int) -> LintSubject:
+def _subject(
+    geometry: Geometry, config: Mapping[str, Any], experts: int, top_k: int, uneven: bool = False
+) -> LintSubject:
     from dataclasses import replace
 
     from expertcut.runtimes.lint import lint_subject
 
-    return replace(lint_subject(geometry, config), experts=experts, top_k=top_k)
+    return replace(lint_subject(geometry, config), experts=experts, top_k=top_k, uneven=uneven)
 
 
-def _change(before: int, after: int) -> str:
-    return f"{before} → {after}" if before != after else f"{before}, unchanged"
+def _change(before: int, after: Mapping[int, int]) -> str:
+    """What becomes of a number, by layer: one number where all layers agree, else a range and the mean."""
+    least, most = min(after.values()), max(after.values())
+    if least == most:
+        return f"{before} → {most}" if before != most else f"{before}, unchanged"
+    return f"{before} → {least} to {most} by layer, {sum(after.values()) / len(after):.2f} on average"

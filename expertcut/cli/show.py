@@ -101,10 +101,10 @@ def _show_plan(out: Output, path: Path, verbose: bool) -> None:
         layers = [entry.layer for entry in plan.layers.values()]
         rows = [
             (entry.layer if layers.count(entry.layer) == 1 else f"{entry.layer} {prefix.rpartition('.')[2]}",
-             len(entry.kept), ranges(entry.kept))
+             len(entry.kept), entry.top_k or "unchanged", ranges(entry.kept))
             for prefix, entry in plan.layers.items()
         ]  # fmt: skip
-        parts += ["", table((">layer", ">kept", "experts"), rows)]
+        parts += ["", table((">layer", ">kept", ">top-k", "experts"), rows)]
     out.finish(document, *parts)
 
 
@@ -112,13 +112,13 @@ def _plan_rows(path: Path, plan: Plan) -> list[tuple[str, object]]:
     from expertcut.cli.tables import ranges
 
     counts = sorted({len(entry.kept) for entry in plan.layers.values()})
-    top_k = next(iter(plan.layers.values())).top_k
+    top_k = sorted({entry.top_k or 10**6 for entry in plan.layers.values()})
     rows: list[tuple[str, object]] = [
         ("plan", path),
         ("model", plan.source.name),
         ("layers", ranges(sorted({entry.layer for entry in plan.layers.values()}))),
         ("experts kept per layer", " to ".join(map(str, counts[:1] + counts[1:][-1:]))),
-        ("top-k", top_k or "unchanged"),
+        ("top-k", " to ".join(str(k) if k < 10**6 else "unchanged" for k in top_k[:1] + top_k[1:][-1:])),
     ]
     return rows + [(name, _plain(value)) for name, value in plan.provenance.items() if value not in (None, {}, "")]
 

@@ -67,7 +67,7 @@ def verify_numeric(
 
         def tracks(index: int, layer: nn.Module) -> list[nn.Module]:
             uses.watch(index, layer)
-            reverse = _reversed(variant.layer(index, layer), geometry, plan.experts)
+            reverse = _reversed(variant.layer(index, layer), geometry, len(variant.kept.get(index, ())))
             narrowed, masked = variant.layer(index, layer), everything.layer(index, layer)
             if find_experts(layer) is not None:
                 masked = _Masked(masked, geometry, kept[index], narrowed)
@@ -92,7 +92,7 @@ def _checks(
         ),
         Check(
             "numeric: logits equal the masked source's", middle <= TOLERANCE,
-            f"apart by {middle:.2e} in the middle, {float(masked.max()):.2e} at most, limit {TOLERANCE}",
+            f"the middle token apart by {middle:.2e}, limit {TOLERANCE} (the furthest {float(masked.max()):.2e})",
         ),
         Check("numeric: the unmasked source differs (control)", float(base.max()) > TOLERANCE or not used, unmasked),
         Check(

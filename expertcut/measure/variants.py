@@ -16,9 +16,10 @@ from torch import nn
 from expertcut.calibrate import hf
 from expertcut.calibrate.executor import LayerStream, find_experts, find_layers, idle_experts
 from expertcut.checkpoint import read_array
-from expertcut.choose.plan import Plan, kept_by_block
+from expertcut.choose.plan import Plan, kept_by_block, numbers
 from expertcut.model.hashing import remap, stand_ins
 from expertcut.rewrite.config import edit_config
+from expertcut.rewrite.layout import config_edits
 
 
 class _Renumbered(nn.Module):
@@ -46,10 +47,9 @@ class Variant:
         geometry = stream.geometry
         kept = kept_by_block(plan, geometry)
         self.kept = {block.layer: kept[block.prefix] for block in geometry.trunk}
-        self.top_k, self._stream = plan.top_k(geometry), stream
-        config = stream.checkpoint.config
-        raw = edit_config(config, geometry.config_edits(config, plan.experts, self.top_k))
-        self._layers = find_layers(hf.build_model(hf.config_like(stream.config, raw), stream.dtype))[1]
+        self.top_k, self._stream = numbers(plan, geometry).top_k, stream
+        raw = edit_config(stream.checkpoint.config, config_edits(stream.checkpoint, geometry, plan))
+        self._layers = find_layers(hf.build_model(hf.config_like(stream.config, raw), raw, stream.dtype))[1]
 
     def layer(self, index: int, base: nn.Module) -> nn.Module:
         """Return the layer of this variant; valid as long as the base's layer is."""
@@ -86,4 +86,4 @@ class Variant:
         block = self._stream.block(index)
         assert block is not None
         who = stand_ins(read_array(self._stream.checkpoint, block.router), self.kept[index])
-        return torch.from_numpy(remap(table.cpu().numpy(), who, self.top_k)).to(table.device)
+        return torch.from_numpy(remap(table.cpu().numpy(), who, self.top_k[index])).to(table.device)

@@ -18,6 +18,7 @@ from expertcut.checkpoint.types import Checkpoint, TensorInfo
 from expertcut.errors import ConfigConflictError, UnknownTensorError
 from expertcut.model.families import HIDDEN_KEYS, MTP_KEYS, MTP_SCOPE, TOWERS, Family, dig, resolve_family
 from expertcut.model.numbers import Numbers
+from expertcut.model.uneven import KEY, LayerNumbers, layer_numbers, stock_config
 
 _LAYER = re.compile(
     r"(?P<stack>(?:[^.]+\.)*?)(?P<list>layers|blocks|mtp|mtp_layers|mtp_block)\.(?P<layer>\d+)\.(?P<rest>.+)"
@@ -91,6 +92,10 @@ class MoeBlock:
     """What stands before an expert's number, e.g. `model.layers.3.mlp.experts.`."""
     tensors: tuple[str, ...]
     """All expert, sliced and remapped tensors, in checkpoint order; those of the twin included."""
+    experts: int
+    """Routed experts of each set."""
+    top_k: int
+    """Experts activated per token."""
     twin: Twin | None = None
 
     @property
@@ -117,6 +122,7 @@ class Geometry:
     blocks: Mapping[str, MoeBlock]
     """By prefix: the trunk in layer order, then multi-token-prediction blocks."""
     num_experts: int
+    """Of every block, unless the layers are uneven: then the largest number; `top_k` likewise."""
     top_k: int
     n_group: int
     """Expert groups that the router chooses among; 1 if it does not."""
@@ -129,6 +135,11 @@ class Geometry:
     renormalise: bool
     tail: int = 0
     """Rows of the router behind those of the experts: zero experts, shared experts, a skip class. They always stay."""
+
+    @property
+    def uneven(self) -> bool:
+        """True if the layers differ in expert count or top-k, which only models made by expertcut do."""
+        return any((b.experts, b.top_k) != (self.num_experts, self.top_k) for b in self.blocks.values())
 
     @property
     def trunk(self) -> tuple[MoeBlock, ...]:
@@ -203,14 +214,16 @@ def read_geometry(checkpoint: Checkpoint) -> Geometry:
         UnknownTensorError: no row for the model type, no routed experts, or an expert-sized tensor without a rule.
         ConfigConflictError: config and tensors disagree, or an expert is incomplete.
     """
-    family = resolve_family(checkpoint.config)
-    numbers = Numbers(checkpoint.config, family)
+    config = stock_config(checkpoint.config)
+    family = resolve_family(config)
+    numbers = Numbers(config, family)
     experts, top_k = numbers.agreed(family.experts), numbers.agreed(family.top_k)
+    own = layer_numbers(checkpoint.config)
     if not 1 <= top_k <= experts:
         raise ConfigConflictError(f"config.json: {family.top_k[0]}={top_k} of {experts} experts")
     tail = family.tail if isinstance(family.tail, int) else int(numbers.scope.get(family.tail) or 0)
     layers = numbers.layers()
-    roles, blocks = _Classifier(checkpoint, family, experts, tail, layers).run()
+    roles, blocks = _Classifier(checkpoint, family, experts, top_k, own, tail, layers).run()
     if not blocks:
         where = ".".join(part for part in ("layers.*", family.block, family.expert, "*") if part)
         raise UnknownTensorError(
@@ -231,8 +244,12 @@ def read_geometry(checkpoint: Checkpoint) -> Geometry:
 class _Classifier:
     """Gives every tensor of a checkpoint its role. Only a layer with a router holds a MoE block."""
 
-    def __init__(self, checkpoint: Checkpoint, family: Family, experts: int, tail: int, layers: int) -> None:
-        self.checkpoint, self.family, self.experts, self.tail, self.layers = checkpoint, family, experts, tail, layers
+    def __init__(
+        self, checkpoint: Checkpoint, family: Family, experts: int, top_k: int, own: LayerNumbers | None, tail: int,
+        layers: int,
+    ) -> None:  # fmt: skip
+        self.checkpoint, self.family, self.tail, self.layers = checkpoint, family, tail, layers
+        self.experts, self.top_k, self.own = experts, top_k, own
         self.router = f"{family.router}.weight"
         self.inside = f"{family.block}." if family.block else ""
         self.places: dict[str, re.Match[str] | None] = {
@@ -252,14 +269,16 @@ class _Classifier:
             role: Role = WHOLE
             if place and place["rest"].startswith(self.inside):
                 base, rest = tensor.name[: place.start("rest")], place["rest"][len(self.inside) :]
+                order = self._order(tensor.name, place, base)
                 if base in self.bases:
-                    role = self._role(tensor, (base + self.inside).rstrip("."), rest)
+                    experts, _ = self._numbers(order[1])
+                    role = self._role(tensor, (base + self.inside).rstrip("."), rest, experts)
                 elif self._is_routed(rest):
                     raise ConfigConflictError(
                         f"{base}{self.inside}{self.router} is missing: {tensor.name} is an expert's, but has no router"
                     )
                 if role is not WHOLE:
-                    members.setdefault(self._order(tensor.name, place, base), []).append(tensor.name)
+                    members.setdefault(order, []).append(tensor.name)
             if role is WHOLE and not in_tower(tensor.name) and _EXPERT.search(tensor.name):
                 raise UnknownTensorError(
                     f"{tensor.name}: looks like an expert's, but lies in no place where "
@@ -272,8 +291,9 @@ class _Classifier:
             inside = base + self.inside
             prefix, expert = inside.rstrip("."), f"{self.family.expert}." if self.family.expert else ""
             blocks[prefix] = MoeBlock(
-                prefix, layer, mtp, inside + self.router, inside + expert, tuple(names), self._twin(prefix, inside)
-            )
+                prefix, layer, mtp, inside + self.router, inside + expert, tuple(names), *self._numbers(layer),
+                self._twin(prefix, inside),
+            )  # fmt: skip
             self._check_block(blocks[prefix], roles)
         return roles, blocks
 
@@ -284,6 +304,14 @@ class _Classifier:
         if inside + router not in self.checkpoint.tensors:
             raise ConfigConflictError(f"{inside}{router} is missing: {prefix} has one router only, expected two")
         return Twin(f"{prefix}.{name}", inside + router)
+
+    def _numbers(self, layer: int) -> tuple[int, int]:
+        """Expert count and top-k of a layer."""
+        if self.own is None:
+            return self.experts, self.top_k
+        if layer not in self.own.experts or layer not in self.own.top_k:
+            raise ConfigConflictError(f"config.json: {KEY} has no numbers for layer {layer}, which has routed experts")
+        return self.own.experts[layer], self.own.top_k[layer]
 
     def _order(self, name: str, place: re.Match[str], base: str) -> tuple[bool, int, str]:
         layer, separate = int(place["layer"]), _MTP.search(base) is not None
@@ -296,8 +324,8 @@ class _Classifier:
         patterns = (*(pattern for pattern, _ in family.sliced), *family.flattened)
         return numbered or any(fnmatchcase(rest, pattern) for pattern in patterns)
 
-    def _role(self, tensor: TensorInfo, prefix: str, rest: str) -> Role:
-        family, experts = self.family, self.experts
+    def _role(self, tensor: TensorInfo, prefix: str, rest: str, experts: int) -> Role:
+        family = self.family
         head, _, below = rest.partition(f"{family.expert}.") if family.expert else (rest, "", "")
         number, _, part = below.partition(".")
         if not head and number.isdecimal() and part:
@@ -306,9 +334,9 @@ class _Classifier:
             return ExpertTensor(prefix, int(number), part)
         for pattern, axis in ((self.router, family.router_axis), *family.sliced):
             if fnmatchcase(rest, pattern):
-                return self._sliced(tensor, prefix, axis)
+                return self._sliced(tensor, prefix, axis, experts)
         if family.twin and rest == family.twin[1]:
-            return self._sliced(tensor, f"{prefix}.{family.twin[0]}", family.router_axis)
+            return self._sliced(tensor, f"{prefix}.{family.twin[0]}", family.router_axis, experts)
         if family.twin and rest == family.correction_bias:
             if tensor.shape != (family.sets, experts):
                 expected = [family.sets, experts]
@@ -331,18 +359,17 @@ class _Classifier:
             "if it has one entry per expert, add it to the family's row; see CONTRIBUTING.md, 'Add a family'",
         )
 
-    def _sliced(self, tensor: TensorInfo, prefix: str, axis: int) -> Sliced:
+    def _sliced(self, tensor: TensorInfo, prefix: str, axis: int, experts: int) -> Sliced:
         length = tensor.shape[axis] if axis < len(tensor.shape) else -1
-        if length not in (self.experts, self.experts + self.tail):
+        if length not in (experts, experts + self.tail):
             raise ConfigConflictError(
-                f"{tensor.name}: shape {list(tensor.shape)}, "
-                f"expected the config's {self.experts} experts on axis {axis}"
+                f"{tensor.name}: shape {list(tensor.shape)}, expected the config's {experts} experts on axis {axis}"
             )
-        return Sliced(prefix, axis, tail=length - self.experts)
+        return Sliced(prefix, axis, tail=length - experts)
 
     def _check_block(self, block: MoeBlock, roles: Mapping[str, Role]) -> None:
         parts: dict[str, set[int]] = {}
-        fused, everything = False, set(range(self.experts * self.family.sets))
+        fused, everything = False, set(range(block.experts * self.family.sets))
         for name in block.tensors:
             role = roles[name]
             if isinstance(role, ExpertTensor) and role.expert in everything:

@@ -51,10 +51,10 @@ class Survivor:
 
 
 def survivors(
-    source: Checkpoint, geometry: Geometry, kept: Mapping[str, Sequence[int]], top_k: int | None = None,
+    source: Checkpoint, geometry: Geometry, kept: Mapping[str, Sequence[int]], top_k: Mapping[int, int],
     dropped: Collection[str] = (),
 ) -> Iterator[Survivor]:  # fmt: skip
-    """Yield what the kept experts leave of the source, in source order; `top_k` is the new one, None for the source's.
+    """Yield what the kept experts leave of the source, in source order; `top_k` is the new one of every MoE layer.
 
     `dropped` names tensors that go altogether.
     """
@@ -75,8 +75,9 @@ def survivors(
             shape = (*before, len(ids) * role.unit // role.sets, *behind)
             yield Survivor(name, old, shape, ids, prod(before) // role.sets)
         elif isinstance(role, Remapped):
-            who = stand_ins(read_array(source, geometry.blocks[role.block].router), kept[role.block])
-            yield Survivor(name, old, (old.shape[0], min(top_k or geometry.top_k, *old.shape[1:])), remap=who)
+            block = geometry.blocks[role.block]
+            who = stand_ins(read_array(source, block.router), kept[role.block])
+            yield Survivor(name, old, (old.shape[0], min(top_k[block.layer], *old.shape[1:])), remap=who)
         else:
             yield Survivor(name, old, old.shape)
 

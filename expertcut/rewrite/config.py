@@ -19,7 +19,7 @@ def edit_config(config: dict[str, Any], edits: Iterable[Edit]) -> dict[str, Any]
         scope = edited
         for key in edit.path[:-1]:
             scope = scope[key]
-        assert scope[edit.path[-1]] == edit.old
+        assert scope.get(edit.path[-1], ABSENT) == edit.old
         scope[edit.path[-1]] = edit.new
     return edited
 

@@ -17,11 +17,12 @@ from typing import Any
 
 from expertcut.checkpoint import DTYPE_BITS, Checkpoint, TensorInfo, build_header, load_json, read_array
 from expertcut.checkpoint.local import INDEX, SINGLE
-from expertcut.choose.plan import Plan, dropped_tensors, kept_by_block, validate
+from expertcut.choose.plan import Plan, dropped_tensors, kept_by_block, numbers, validate
 from expertcut.errors import CheckpointError, UsageError
 from expertcut.model import Edit, ExpertTensor, Geometry, Remapped, Sliced
 from expertcut.model.hashing import StandIns, stand_ins
-from expertcut.rewrite.config import config_bytes, edit_config
+from expertcut.model.uneven import marked
+from expertcut.rewrite.config import config_bytes, differences, edit_config
 from expertcut.rewrite.quantization import COMPANIONS, quantization_edits, rewrite_document
 
 MAX_SHARD_SIZE = 5 * 10**9
@@ -168,7 +169,8 @@ def plan_layout(ckpt: Checkpoint, geometry: Geometry, plan: Plan, max_shard_size
         raise UsageError(f"--max-shard-size {max_shard_size}: expected a positive number of bytes")
     validate(plan, geometry)
     kept, edits = kept_by_block(plan, geometry), config_edits(ckpt, geometry, plan)
-    tensors = out_tensors(ckpt, geometry, kept, plan.top_k(geometry), dropped_tensors(plan, geometry))
+    top_k = numbers(plan, geometry).top_k
+    tensors = out_tensors(ckpt, geometry, kept, top_k, dropped_tensors(plan, geometry))
     groups = list(pack(tensors, max_shard_size))
     shards = tuple(_shard(_shard_name(i, len(groups)), group) for i, group in enumerate(groups))
     documents = rewritten_companions(ckpt, geometry, plan)
@@ -186,9 +188,11 @@ def config_edits(ckpt: Checkpoint, geometry: Geometry, plan: Plan) -> tuple[Edit
         ConfigConflictError: an entry of the quantization config cannot be rewritten exactly.
     """
     owned = geometry.config_edits(ckpt.config, plan.experts, plan.top_k(geometry))
+    found = numbers(plan, geometry)
+    marks = list(differences(ckpt.config, marked(ckpt.config, found))) if found.uneven else []
     announced = geometry.mtp_edits(ckpt.config) if plan.mtp == "drop" else []
     kept, dropped = kept_by_block(plan, geometry), dropped_tensors(plan, geometry)
-    return (*owned, *announced, *quantization_edits(ckpt.config, geometry, kept, dropped))
+    return (*owned, *announced, *marks, *quantization_edits(ckpt.config, geometry, kept, dropped))
 
 
 def rewritten_companions(ckpt: Checkpoint, geometry: Geometry, plan: Plan) -> dict[str, bytes]:
@@ -208,19 +212,19 @@ def rewritten_companions(ckpt: Checkpoint, geometry: Geometry, plan: Plan) -> di
 
 
 def out_tensors(
-    ckpt: Checkpoint, geometry: Geometry, kept: Mapping[str, Sequence[int]], top_k: int | None = None,
+    ckpt: Checkpoint, geometry: Geometry, kept: Mapping[str, Sequence[int]], top_k: Mapping[int, int],
     dropped: Collection[str] = (),
 ) -> Iterator[OutTensor]:  # fmt: skip
     """Yield the tensors of the new checkpoint in source order; `kept` holds the kept ids of every block.
 
-    `top_k` is the new one, None for the source's; `dropped` names tensors that go altogether.
+    `top_k` is the new one of every MoE layer; `dropped` names tensors that go altogether.
 
     Raises:
         CheckpointError: a tensor cannot be cut at byte borders, or a table of expert ids is none.
     """
     tail = range(geometry.num_experts, geometry.num_experts + geometry.tail)
-    numbers = {prefix: geometry.numbers(block, kept) for prefix, block in geometry.blocks.items()}
-    renumber = {prefix: {old: new for new, old in enumerate((*ids, *tail))} for prefix, ids in numbers.items()}
+    on_disk = {prefix: geometry.numbers(block, kept) for prefix, block in geometry.blocks.items()}
+    renumber = {prefix: {old: new for new, old in enumerate((*ids, *tail))} for prefix, ids in on_disk.items()}
     for name, role in geometry.roles.items():
         source = ckpt.tensors[name]
         if name in dropped:
@@ -231,11 +235,11 @@ def out_tensors(
                 prefix = geometry.blocks[role.block].expert_prefix
                 yield OutTensor(f"{prefix}{new}.{role.part}", source, source.shape, source.nbytes)
         elif isinstance(role, Sliced):
-            ids = numbers[role.block] if role.sets > 1 else (*kept[role.block], *tail[: role.tail])
+            ids = on_disk[role.block] if role.sets > 1 else (*kept[role.block], *tail[: role.tail])
             yield _sliced(source, role, ids)
         elif isinstance(role, Remapped):
-            router = read_array(ckpt, geometry.blocks[role.block].router)
-            yield _remapped(source, stand_ins(router, kept[role.block]), top_k or geometry.top_k)
+            block = geometry.blocks[role.block]
+            yield _remapped(source, stand_ins(read_array(ckpt, block.router), kept[role.block]), top_k[block.layer])
         else:
             yield OutTensor(name, source, source.shape, source.nbytes)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from expertcut.checkpoint import DTYPE_BITS, Checkpoint, load_json, open_checkpoint, read_header
 from expertcut.checkpoint.local import INDEX, SINGLE
-from expertcut.choose.plan import Plan, dropped_tensors, group_best, kept_by_block, reachable, validate
+from expertcut.choose.plan import Plan, dropped_tensors, group_best, kept_by_block, numbers, reachable, validate
 from expertcut.errors import CheckpointError, PlanError, VerifyError
 from expertcut.model import Geometry, check_fingerprint, read_geometry
 from expertcut.rewrite.compare import Survivor, changed_files, changed_tensors, survivors, wrong_files, wrong_tensors
@@ -103,7 +103,7 @@ def verify_bytes(out: str | Path | Checkpoint, source: Checkpoint) -> list[Check
 
 def _survivors(source: Checkpoint, geometry: Geometry, plan: Plan) -> Iterator[Survivor]:
     kept, dropped = kept_by_block(plan, geometry), dropped_tensors(plan, geometry)
-    return survivors(source, geometry, kept, plan.top_k(geometry), dropped)
+    return survivors(source, geometry, kept, numbers(plan, geometry).top_k, dropped)
 
 
 def _check(name: str, findings: Iterable[str], passed: str) -> Check:
@@ -138,12 +138,14 @@ def _wrong_files(ckpt: Checkpoint) -> Iterator[str]:
 
 
 def _unroutable(geometry: Geometry) -> Iterator[str]:
-    experts, groups, best = geometry.num_experts, geometry.n_group, group_best(geometry)
-    if experts // groups < best:
-        yield f"config.json: {experts // groups} experts per group, but the router ranks groups by their {best} best"
-    if geometry.top_k > reachable(geometry, experts):
+    groups, best = geometry.n_group, group_best(geometry)
+    for experts, top_k in sorted({(block.experts, block.top_k) for block in geometry.blocks.values()}):
+        if experts // groups < best:
+            found = f"config.json: {experts // groups} experts per group"
+            yield f"{found}, but the router ranks groups by their {best} best"
         usable = reachable(geometry, experts)
-        yield f"config.json: top-{geometry.top_k}, but a token can reach only {usable} of {experts} experts"
+        if top_k > usable:
+            yield f"config.json: top-{top_k}, but a token can reach only {usable} of {experts} experts"
 
 
 def _wrong_record(record: Record, ckpt: Checkpoint, geometry: Geometry) -> Iterator[str]:
@@ -158,8 +160,11 @@ def _wrong_record(record: Record, ckpt: Checkpoint, geometry: Geometry) -> Itera
     for block in geometry.trunk:
         layer = record.plan.layers.get(block.prefix)
         count = len(layer.kept) if layer else 0
-        if count != geometry.num_experts:
-            yield f"{ckpt.path / RECORD}: plan keeps {count} experts in {block.prefix}, found {geometry.num_experts}"
+        if count != block.experts:
+            yield f"{ckpt.path / RECORD}: plan keeps {count} experts in {block.prefix}, found {block.experts}"
+        top_k = layer.top_k or record.before.top_k if layer else 0
+        if top_k != block.top_k:
+            yield f"{ckpt.path / RECORD}: plan has top-{top_k} in {block.prefix}, found top-{block.top_k}"
 
 
 def _against(source: Checkpoint, ckpt: Checkpoint, record: Record) -> list[Check]:

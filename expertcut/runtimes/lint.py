@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from expertcut.choose.plan import min_experts
-from expertcut.model import ExpertTensor, Geometry, MoeBlock
+from expertcut.model import Geometry
 from expertcut.model.families import dig
 from expertcut.runtimes.rules import READ, RULES, RUNTIMES, LintSubject, Rule, Status
 from expertcut.runtimes.schemes import misread_layer
@@ -63,7 +63,7 @@ def lint_subject(geometry: Geometry, config: Mapping[str, Any]) -> LintSubject:
     family = geometry.family
     scope = dig(config, family.root) or config
     quantization = config.get("quantization_config") or scope.get("quantization_config") or {}
-    trunk = {_experts(block, geometry) for block in geometry.trunk}
+    trunk = {block.experts for block in geometry.trunk}
     heads = scope.get("num_attention_heads")
     announced = any(edit.path[-1] in _MTP_KEYS for edit in geometry.mtp_edits(config))
     return LintSubject(
@@ -74,7 +74,7 @@ def lint_subject(geometry: Geometry, config: Mapping[str, Any]) -> LintSubject:
         expert_key=None if scope.get(family.experts[0]) is not None else family.experts[0],
         width=geometry.expert_width, heads=heads if isinstance(heads, int) else None,
         block=max(quantization.get("weight_block_size") or (), default=None),
-        uneven=len(trunk) > 1, mtp_uneven=not {_experts(block, geometry) for block in geometry.mtp} <= trunk,
+        uneven=geometry.uneven, mtp_uneven=not {block.experts for block in geometry.mtp} <= trunk,
         mtp_missing=announced and not (geometry.mtp or geometry.mtp_tensors),
         misread=misread_layer(quantization, geometry),
     )  # fmt: skip
@@ -147,10 +147,3 @@ def _sizes(split: Mapping[int, LintSubject], runtime: str, name: str) -> tuple[i
 def _slow(subject: LintSubject, runtime: str) -> list[Rule]:
     """The broken rules that no tuning run mends."""
     return [rule for rule in broken_rules(subject, runtime) if not rule.tunable]
-
-
-def _experts(block: MoeBlock, geometry: Geometry) -> int:
-    """How many experts a block holds; fused ones are as many as the config says, or the geometry would not open."""
-    roles = (geometry.roles[name] for name in block.tensors)
-    ids = {role.expert for role in roles if isinstance(role, ExpertTensor) and role.expert < geometry.num_experts}
-    return len(ids) or geometry.num_experts

@@ -51,7 +51,7 @@ class LintSubject:
     block: int | None = None
     """Rows that share a scale in a block-FP8 checkpoint."""
     uneven: bool = False
-    """Layers of the trunk hold different numbers of experts."""
+    """Layers differ in expert count or top-k."""
     mtp_uneven: bool = False
     """Multi-token-prediction layers hold another number of experts than the trunk."""
     mtp_missing: bool = False
@@ -114,15 +114,15 @@ def _fused_grouped_top_k(s: LintSubject) -> bool:
 
 RULES = (
     Rule(
-        "one-count", _ALL_BUT_VLLM, "refuses",
+        "alike", ("transformers", "vLLM"), "refuses",
         lambda s: True, lambda s: not s.uneven,
-        "layers hold different numbers of experts, one count serves the whole model", "no configuration per layer",
+        "layers differ in expert count or top-k: served only with expertcut installed beside it",
+        "no configuration per layer",
     ),
     Rule(
-        "one-count", ("vLLM",), "wrong",
+        "alike", ("SGLang", "llama.cpp", "TensorRT-LLM", "mlx-lm"), "refuses",
         lambda s: True, lambda s: not s.uneven,
-        "layers hold different numbers of experts: the rows of absent ones stay uninitialised, without an error",
-        "fused_moe weight loader",
+        "layers differ in expert count or top-k, one of each serves the whole model", "no configuration per layer",
     ),
     Rule(
         "groups", _ALL_BUT_VLLM, "refuses",

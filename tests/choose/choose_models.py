@@ -34,7 +34,8 @@ def geometry(
         family=resolve_family({"model_type": "deepseek_v3"}),
         roles={},
         blocks={
-            p: MoeBlock(p, layer, m, f"{p}.gate.weight", f"{p}.experts.", ()) for p, (layer, m) in prefixes.items()
+            p: MoeBlock(p, layer, m, f"{p}.gate.weight", f"{p}.experts.", (), experts, top_k)
+            for p, (layer, m) in prefixes.items()
         },
         num_experts=experts,
         top_k=top_k,

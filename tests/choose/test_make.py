@@ -150,6 +150,7 @@ def test_provenance_says_how_and_not_when(plain: Model) -> None:
         "paper": "arXiv:2510.13999",
         "seed": 3,
         "budget": {"option": "--keep 0.5", "experts": 4, "note": "keeping 4 of 8 experts (50.0%)"},
+        "top_k": None,
         "protected": {},
         "super_experts": {},
         "domain_weights": {"code": 2.0},

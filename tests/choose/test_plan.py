@@ -216,7 +216,7 @@ def check(kept: dict[int, tuple[int, ...]], top_k: int | None = None, **model: A
         ((0, 8), "layer 2: expert 8 is kept, but ids go from 0 to 7"),
         ((3, 1), "layer 2: kept ids must be ascending and distinct, but 1 follows 3"),
         ((3, 3), "layer 2: kept ids must be ascending and distinct, but 3 follows 3"),
-        ((0, 1, 2), "layer 2 keeps 3 experts, expected 2 as in the first MoE layer"),
+        ((0, 1, 2), "layer 2: experts is 3, expected 2 as in layer 1"),
     ],
 )
 def test_ids(ids: tuple[int, ...], message: str) -> None:
@@ -242,7 +242,7 @@ def test_prediction_layers_follow_the_last_layer_unless_listed() -> None:
     assert kept_by_block(plan(trunk | {4: (6, 7)}), with_mtp)[blocks[3]] == (6, 7)
     assert list(kept_by_block(plan(trunk | {4: (6, 7)}), plain)) == blocks[:3], "a sibling without the layer"
     validate(plan(trunk | {4: (6, 7)}), with_mtp)
-    with pytest.raises(PlanError, match="layer 4 keeps 3 experts, expected 2"):
+    with pytest.raises(PlanError, match="layer 4: experts is 3, expected 2"):
         validate(plan(trunk | {4: (5, 6, 7)}), with_mtp)
 
 
@@ -282,7 +282,7 @@ def test_a_smaller_top_k_fits() -> None:
 def test_top_k_is_one_for_all_layers() -> None:
     layers = {f"model.layers.{n}.mlp": LayerPlan(layer=n, kept=(0, 1), top_k=k) for n, k in ((1, 2), (2, None), (3, 1))}
     made = Plan(source=ANYONE, layers=layers)
-    with pytest.raises(PlanError, match="layer 3: top_k=1, expected 2 as in the first MoE layer"):
+    with pytest.raises(PlanError, match="layer 3: top_k is 1, expected 2 as in layer 1"):
         validate(made, geometry(top_k=2))
     assert made.top_k(geometry(top_k=2)) == 2
 

@@ -25,7 +25,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def narrow(source: Any, plan: Plan) -> Any:
     """Slice transformers' own modules of the source by hand: stacked experts, router rows, biases."""
     kept = {entry.layer: list(entry.kept) for entry in plan.layers.values()}
-    top_k = next(iter(plan.layers.values())).top_k
+    top_k = {entry.layer: entry.top_k for entry in plan.layers.values()}
     for layer, block in moe_blocks(source).items():
         router = block.router if hasattr(block, "router") else block.gate
         for owner in (block.experts, router):
@@ -35,7 +35,7 @@ def narrow(source: Any, plan: Plan) -> Any:
                     narrowed = value.data[kept[layer]]
                     store[name] = torch.nn.Parameter(narrowed) if store is owner._parameters else narrowed
             owner.num_experts = len(kept[layer])
-        router.top_k = top_k or router.top_k
+        router.top_k = top_k[layer] or router.top_k
     return source
 
 

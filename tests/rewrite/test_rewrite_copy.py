@@ -19,10 +19,11 @@ from expertcut.rewrite.copy import TRIAL_BYTES, TRIALS, Copier, WriteBack, write
 from expertcut.rewrite.layout import SHORT_RUN, OutShard, _shard, out_tensors, pack
 
 BLOCK = "model.layers.0.mlp"
+TOP_K = {0: 1}
 
 
 def geometry_of(roles: dict[str, Role], experts: int) -> Geometry:
-    block = MoeBlock(BLOCK, 0, False, f"{BLOCK}.gate.weight", f"{BLOCK}.experts.", tuple(roles))
+    block = MoeBlock(BLOCK, 0, False, f"{BLOCK}.gate.weight", f"{BLOCK}.experts.", tuple(roles), experts, 1)
     family = resolve_family({"model_type": "qwen3_moe"})
     return Geometry(family, roles, {BLOCK: block}, experts, 1, 1, 1, 4, 4, 1, True)
 
@@ -92,7 +93,7 @@ def test_any_layout_is_sliced_as_numpy_slices(
                 continue
             name = f"{BLOCK}.experts.{kept.index(role.expert)}.{role.part}"
         expected[name] = sliced(truth, role, kept)
-    groups = [_shard(f"{i}", g) for i, g in enumerate(pack(out_tensors(ckpt, geometry, {BLOCK: kept}), limit))]
+    groups = [_shard(f"{i}", g) for i, g in enumerate(pack(out_tensors(ckpt, geometry, {BLOCK: kept}, TOP_K), limit))]
     found, out = {}, {}
     with WriteBack() as back:
         for group in groups:
@@ -103,7 +104,7 @@ def test_any_layout_is_sliced_as_numpy_slices(
                 found[info.name] = (info.dtype, info.shape, (root / group.name).read_bytes()[info.start : info.end])
     assert found == expected
     written = Checkpoint("y", root, {}, out, {}, True, ())
-    wanted = list(survivors(ckpt, geometry, {BLOCK: kept}))
+    wanted = list(survivors(ckpt, geometry, {BLOCK: kept}, TOP_K))
     assert not [*wrong_tensors(written, wanted), *changed_tensors(written, ckpt, wanted)]
     check_that_a_flipped_byte_is_found(written, ckpt, wanted, random)
 
@@ -127,7 +128,7 @@ def check_that_a_flipped_byte_is_found(
 def test_kept_neighbours_are_one_copy(tmp_path: Path) -> None:
     ckpt, geometry = opened(qwen3().write(tmp_path / "in", shards=1))
     everything = {prefix: range(8) for prefix in geometry.blocks}
-    [group] = pack((t for t in out_tensors(ckpt, geometry, everything) if t.source.dtype == "BF16"), 10**9)
+    [group] = pack((t for t in out_tensors(ckpt, geometry, everything, TOP_K) if t.source.dtype == "BF16"), 10**9)
     bf16 = [t for t in ckpt.tensors.values() if t.dtype == "BF16"]
     gaps = sum(a.end != b.start for a, b in zip(bf16, bf16[1:], strict=False))
     assert len(list(OutShard("x", b"", tuple(group)).steps())) == gaps + 1
@@ -223,7 +224,7 @@ def test_from_one_file_system_to_another(tmp_path: Path) -> None:
 def test_a_source_that_ends_early(kernel: bool, tmp_path: Path) -> None:
     ckpt, geometry = opened(qwen3().write(tmp_path / "in", shards=1))
     everything = {prefix: range(8) for prefix in geometry.blocks}
-    [group] = pack(out_tensors(ckpt, geometry, everything), 10**9)
+    [group] = pack(out_tensors(ckpt, geometry, everything, TOP_K), 10**9)
     os.truncate(tmp_path / "in/model.safetensors", 9000)
     with WriteBack() as back, pytest.raises(CheckpointError, match=r"model\.safetensors: ends at byte \d+, \d+ more"):
         write_shard(ckpt.path, _shard("x", group), tmp_path / "x", Copier(kernel=kernel), back, lambda n: None).result()

@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,14 @@ ENVIRONMENT = {
 }
 
 
-def transformers_tokens(model: str, prompts: Prompts, new_tokens: int) -> dict[str, Any]:
+def transformers_tokens(
+    model: str, prompts: Prompts, new_tokens: int, load: Callable[..., Any] | None = None
+) -> dict[str, Any]:
     """The reference: argmax of a whole forward pass per token, no cache, with the margin over the runner-up."""
     import torch
     import transformers
 
-    lm = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    lm = (load or transformers.AutoModelForCausalLM.from_pretrained)(model, dtype=torch.float32).eval()
     answers, margins = [], []
     for prompt in prompts:
         ids, gaps = list(prompt), []

@@ -37,8 +37,7 @@ BLOCKS = replace(FP8, width=2048, block=128)
 
 # (rule, runtime): a subject that keeps it, changes that break it, and what is then found.
 CASES: dict[tuple[str, ...], tuple[LintSubject, dict[str, Any], str]] = {
-    **{("one-count", r): (QWEN3, {"uneven": True}, "refuses") for r in RUNTIMES if r != "vLLM"},
-    ("one-count", "vLLM"): (QWEN3, {"uneven": True}, "wrong"),
+    **{("alike", r): (QWEN3, {"uneven": True}, "refuses") for r in RUNTIMES},
     **{("groups", r): (DEEPSEEK_V3, {"experts": 250}, "refuses") for r in RUNTIMES if r != "vLLM"},
     ("groups", "vLLM"): (DEEPSEEK_V3, {"experts": 250}, "wrong"),
     **{("group-size", r): (DEEPSEEK_V3, {"experts": 8, "top_k": 4}, "refuses") for r in RUNTIMES if r != "vLLM"},
