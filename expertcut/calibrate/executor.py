@@ -24,7 +24,7 @@ from expertcut.calibrate.quantised import open_reader
 from expertcut.checkpoint.types import Checkpoint
 from expertcut.errors import CheckpointError
 from expertcut.model import Family, Geometry, MoeBlock
-from expertcut.model.geometry import in_tower
+from expertcut.model.places import in_tower
 
 CARRIED = ("prev_topk_indices", "prev_router_hidden_states")
 """Arguments in which decoder layers take over, besides the hidden states, what the layer before found."""

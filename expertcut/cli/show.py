@@ -112,13 +112,14 @@ def _plan_rows(path: Path, plan: Plan) -> list[tuple[str, object]]:
     from expertcut.cli.tables import ranges
 
     counts = sorted({len(entry.kept) for entry in plan.layers.values()})
-    top_k = sorted({entry.top_k or 10**6 for entry in plan.layers.values()})
+    top_k = sorted({entry.top_k for entry in plan.layers.values() if entry.top_k})
+    unchanged = ["unchanged"] * any(entry.top_k is None for entry in plan.layers.values())
     rows: list[tuple[str, object]] = [
         ("plan", path),
         ("model", plan.source.name),
         ("layers", ranges(sorted({entry.layer for entry in plan.layers.values()}))),
         ("experts kept per layer", " to ".join(map(str, counts[:1] + counts[1:][-1:]))),
-        ("top-k", " to ".join(str(k) if k < 10**6 else "unchanged" for k in top_k[:1] + top_k[1:][-1:])),
+        ("top-k", " to ".join(map(str, [*top_k[:1], *(unchanged or top_k[1:][-1:])]))),
     ]
     return rows + [(name, _plain(value)) for name, value in plan.provenance.items() if value not in (None, {}, "")]
 

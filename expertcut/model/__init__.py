@@ -1,5 +1,6 @@
 """Families (a table of data) and geometry (the role of every tensor). No torch, no transformers."""
 
+from expertcut.model.classify import read_geometry
 from expertcut.model.families import BY_TYPE, FAMILIES, REFUSED, Family, resolve_family
 from expertcut.model.fingerprint import Fingerprint, check_fingerprint, fingerprint, geometry_hash
 from expertcut.model.geometry import (
@@ -11,7 +12,6 @@ from expertcut.model.geometry import (
     Role,
     Sliced,
     Whole,
-    read_geometry,
 )
 
 __all__ = [
