@@ -30,15 +30,19 @@ def plan(
       expertcut plan MODEL --profile DIR --strategy reap --experts 64 -o half.json
     """
     from expertcut.checkpoint import open_checkpoint
+    from expertcut.choose.plan import numbers
     from expertcut.cli.planning import build_plan, outcome
-    from expertcut.cli.tables import facts
+    from expertcut.cli.tables import facts, records, table
     from expertcut.model import read_geometry
+    from expertcut.runtimes.overrides import top_k_overrides
 
     out = output(ctx, as_json)
     checkpoint = open_checkpoint(model, revision)
     geometry = read_geometry(checkpoint)
     made = build_plan(checkpoint, geometry, choice, out.command)
     result = outcome(checkpoint, geometry, made)
+    alike = not numbers(made, geometry).uneven
+    overrides = top_k_overrides(geometry, checkpoint.config, made.top_k(geometry)) if alike else []
     made.save(out_file)
     for hint in result.hints:
         out.note(hint)
@@ -47,11 +51,16 @@ def plan(
     supers = {prefix: ids for prefix, ids in provenance["super_experts"].items() if ids}
     document = {
         "plan": str(out_file), "model": checkpoint.name, "strategy": strategy, "note": note, "super_experts": supers,
-        **result.members,
+        **result.members, "overrides": records(overrides),
     }  # fmt: skip
-    rows: list[tuple[str, object]] = [("plan", out_file), ("strategy", strategy)]
+    rows: list[tuple[str, object]] = [("plan", out_file), ("strategy", strategy or "none, every expert stays")]
     rows += [("budget", note)] * bool(note)
     rows += [("super experts kept", sum(map(len, supers.values())))] * choice.protect_super
+    tries: list[Any] = []
+    if overrides:
+        columns = ("to try that top-k first", "on the whole model, add")
+        tries = ["", table(columns, [(o.runtime, o.arguments) for o in overrides])]
     out.finish(
-        document, facts(rows + result.rows), "", result.lint, "", f"next: expertcut prune {model} OUT --plan {out_file}"
-    )
+        document, facts(rows + result.rows), "", result.lint, *tries, "",
+        f"next: expertcut prune {model} OUT --plan {out_file}",
+    )  # fmt: skip

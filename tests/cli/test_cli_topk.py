@@ -26,6 +26,11 @@ def test_a_top_k_alone_keeps_every_expert(cli: Cli, demo_model: Path, tmp_path: 
     assert top_ks(tmp_path / "plan.json") == [2] * 4
     plan = Plan.load(tmp_path / "plan.json")
     assert all(entry.kept == tuple(range(32)) for entry in plan.layers.values())
+    assert found["overrides"] == [
+        {"runtime": "vLLM", "arguments": "--hf-overrides '{\"num_experts_per_tok\": 2}'"},
+        {"runtime": "SGLang", "arguments": "--json-model-override-args '{\"num_experts_per_tok\": 2}'"},
+        {"runtime": "llama.cpp", "arguments": "--override-kv qwen3moe.expert_used_count=int:2"},
+    ]
     assert plan.provenance["criterion"] is None and plan.provenance["top_k"] == "--top-k 2"
 
 

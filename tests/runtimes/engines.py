@@ -26,11 +26,12 @@ def run(arguments: list[str | Path], home: Path) -> None:
 
 
 def ask(
-    python: str | Path, engine: str, model: Path, prompts: Sequence[Sequence[int]], new_tokens: int, home: Path
-) -> Answer:
-    """Greedy tokens of every prompt, by the engine installed beside `python`."""
+    python: str | Path, engine: str, model: Path, prompts: Sequence[Sequence[int]], new_tokens: int, home: Path,
+    **settings: object,
+) -> Answer:  # fmt: skip
+    """Greedy tokens of every prompt, by the engine installed beside `python`; `settings` are the engine's own."""
     request, answer = home / f"{engine}-request.json", home / f"{engine}-answer.json"
-    request.write_text(json.dumps({"model": str(model), "prompts": prompts, "new_tokens": new_tokens}))
+    request.write_text(json.dumps({"model": str(model), "prompts": prompts, "new_tokens": new_tokens} | settings))
     run([python, Path(__file__).with_name("generate.py"), engine, request, answer], home)
     result: Answer = json.loads(answer.read_text())
     return result

@@ -51,7 +51,9 @@ def transformers_tokens(
     return {"version": transformers.__version__, "tokens": answers, "margins": margins}
 
 
-def vllm_tokens(model: str, prompts: Prompts, new_tokens: int) -> dict[str, Any]:
+def vllm_tokens(
+    model: str, prompts: Prompts, new_tokens: int, hf_overrides: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """vLLM's CPU backend.
 
     Its own rotary kernel turns only the first head of queries shaped (tokens, heads, width), as DeepSeek's are (0.32).
@@ -60,7 +62,7 @@ def vllm_tokens(model: str, prompts: Prompts, new_tokens: int) -> dict[str, Any]
 
     engine = vllm.LLM(
         model=model, dtype="float32", enforce_eager=True, max_model_len=256, max_num_seqs=8, skip_tokenizer_init=True,
-        compilation_config={"custom_ops": ["-rotary_embedding"]},
+        compilation_config={"custom_ops": ["-rotary_embedding"]}, hf_overrides=hf_overrides or {},
     )  # fmt: skip
     params = vllm.SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True, detokenize=False)
     outputs = engine.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
@@ -122,7 +124,12 @@ def convert_to_gguf(model: str, gguf: Path) -> None:
     convert_hf_to_gguf.main()
 
 
-ENGINES = {"transformers": transformers_tokens, "vllm": vllm_tokens, "mlx": mlx_tokens, "llama": llama_tokens}
+ENGINES: dict[str, Callable[..., dict[str, Any]]] = {
+    "transformers": transformers_tokens,
+    "vllm": vllm_tokens,
+    "mlx": mlx_tokens,
+    "llama": llama_tokens,
+}
 
 
 if __name__ == "__main__":

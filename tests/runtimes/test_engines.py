@@ -1,11 +1,19 @@
 """vLLM, mlx-lm and llama.cpp load the pruned built-in model and generate transformers' greedy tokens in float32."""
 
+import json
+import shlex
 import sys
 from pathlib import Path
 
 import pytest
 from engines import Answer, ask, assert_same_tokens, comparable, interpreter, run
 from tokenizers import Tokenizer
+
+from expertcut.checkpoint import open_checkpoint
+from expertcut.choose import make_plan
+from expertcut.model import read_geometry
+from expertcut.rewrite import prune
+from expertcut.runtimes.overrides import top_k_overrides
 
 pytestmark = [pytest.mark.runtimes, pytest.mark.timeout(600)]
 
@@ -58,3 +66,16 @@ def test_engine_gives_transformers_tokens(
     python = interpreter(engine, repo)
     found = generate(python, engine, pruned, tmp_path)
     assert_same_tokens(found, reference)
+
+
+def test_vllm_tries_a_top_k_by_override(demo_model: Path, repo: Path, tmp_path: Path) -> None:
+    """What `plan` prints for vLLM makes the whole model compute what the model written with that top-k computes."""
+    checkpoint = open_checkpoint(demo_model)
+    geometry = read_geometry(checkpoint)
+    prune(checkpoint, geometry, make_plan(checkpoint, geometry, top_k=2), tmp_path / "out")
+    (override,) = (o for o in top_k_overrides(geometry, checkpoint.config, 2) if o.runtime == "vLLM")
+    flag, text = shlex.split(override.arguments)
+    assert flag == "--hf-overrides"
+    python, prompts = interpreter("vllm", repo), [[5, 6, 7, 8, 9], [100, 200, 300]]
+    found = ask(python, "vllm", demo_model, prompts, NEW_TOKENS, tmp_path, hf_overrides=json.loads(text))
+    assert_same_tokens(found, ask(sys.executable, "transformers", tmp_path / "out", prompts, NEW_TOKENS, tmp_path))
