@@ -6,7 +6,7 @@ Invariant: the same inputs give the same plan, byte for byte; nothing in it tell
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -22,7 +22,7 @@ from expertcut.choose.protect import Protected, parse_protect, super_experts, un
 from expertcut.choose.select import select_experts
 from expertcut.choose.topk import MeanTopK, TopK, layer_top_k
 from expertcut.errors import UsageError
-from expertcut.model import Geometry, check_fingerprint, fingerprint
+from expertcut.model import Geometry, MoeBlock, check_fingerprint, fingerprint
 
 if TYPE_CHECKING:
     from expertcut.calibrate.profile import Profile
@@ -67,13 +67,11 @@ def make_plan(
         ProfileError: a layer was not profiled.
     """
     criterion = get_criterion(strategy or EVERYTHING)
-    weighs = isinstance(top_k, MeanTopK)
-    _check_options(criterion, profile, domain_weights, protect_super, weighs)
-    if strategy is None:
-        if top_k is None:
-            raise UsageError("no strategy given", "for example --profile PROFILE --strategy reap, or --top-k K alone")
-        if (experts, keep, drop, fit) == (None,) * 4:
-            experts = geometry.num_experts
+    _check_options(criterion, profile, domain_weights, protect_super, isinstance(top_k, MeanTopK))
+    if strategy is None and top_k is None:
+        raise UsageError("no strategy given", "for example --profile PROFILE --strategy reap, or --top-k K alone")
+    if strategy is None and (experts, keep, drop, fit) == (None,) * 4:
+        experts = geometry.num_experts
     tops = layer_top_k(top_k, geometry, profile, domain_weights)
     budget = resolve_budget(
         checkpoint, geometry, experts=experts, keep=keep, drop=drop, fit=fit, tp=tp, candidates=fit_candidates,
@@ -81,9 +79,7 @@ def make_plan(
     )  # fmt: skip
     if strategy is None and budget.experts < geometry.num_experts:
         raise UsageError(f"{budget.option} needs --strategy", "for example --profile PROFILE --strategy reap")
-    if geometry.family.twin and criterion.needs_profile and budget.experts < geometry.num_experts:
-        blind = f"those that text does not use are chosen by {UNPROFILED}: no profile knows them"
-        budget = replace(budget, note=f"{budget.note}; {blind}" if budget.note else blind)
+    budget = _with_blind_note(budget, criterion, geometry)
     named = parse_protect(protect, geometry)
     if profile is not None:
         own = check_fingerprint(profile.meta.fingerprint, checkpoint, geometry, what="profile")
@@ -92,19 +88,13 @@ def make_plan(
     supers = _super_experts(profile, geometry) if profile is not None and protect_super else {}
     protected = union(named, supers)
     layers = {}
-    unprofiled = get_criterion(UNPROFILED) if criterion.needs_profile else criterion
-    for block in geometry.trunk:
-        sets = [(criterion, block.prefix, block.router, block.layer)]
-        if block.twin is not None:
-            sets.append((unprofiled, block.twin.prefix, block.twin.router, geometry.num_layers + block.layer))
-        for judge, prefix, router, draw in sets:
-            scores_E = _scores(judge, prefix, router, draw, checkpoint, geometry, profile, domain_weights, seed)
-            kept = select_experts(
-                scores_E, budget.experts, n_group=geometry.n_group, protected=protected.get(prefix, ()),
-                layer=block.layer,
-            )  # fmt: skip
-            k = tops[block.prefix]
-            layers[prefix] = LayerPlan(layer=block.layer, kept=kept, top_k=None if k == geometry.top_k else k)
+    for block, judge, prefix, router, draw in _sets(geometry, criterion):
+        scores_E = _scores(judge, prefix, router, draw, checkpoint, geometry, profile, domain_weights, seed)
+        kept = select_experts(
+            scores_E, budget.experts, n_group=geometry.n_group, protected=protected.get(prefix, ()), layer=block.layer
+        )
+        k = tops[block.prefix]
+        layers[prefix] = LayerPlan(layer=block.layer, kept=kept, top_k=None if k == geometry.top_k else k)
     plan = Plan(
         source=Source(name=checkpoint.public_name, fingerprint=own),
         layers=layers,
@@ -113,6 +103,23 @@ def make_plan(
     )
     validate(plan, geometry)
     return plan
+
+
+def _with_blind_note(budget: Budget, criterion: Criterion, geometry: Geometry) -> Budget:
+    """The budget, its note saying so where a second set of experts is chosen without the profile."""
+    if not (geometry.family.twin and criterion.needs_profile and budget.experts < geometry.num_experts):
+        return budget
+    blind = f"those that text does not use are chosen by {UNPROFILED}: no profile knows them"
+    return replace(budget, note=f"{budget.note}; {blind}" if budget.note else blind)
+
+
+def _sets(geometry: Geometry, criterion: Criterion) -> Iterator[tuple[MoeBlock, Criterion, str, str, int]]:
+    """Yield every set of experts of the trunk: its block, criterion, key, router's weight, and number for draws."""
+    unprofiled = get_criterion(UNPROFILED) if criterion.needs_profile else criterion
+    for block in geometry.trunk:
+        yield block, criterion, block.prefix, block.router, block.layer
+        if block.twin is not None:
+            yield block, unprofiled, block.twin.prefix, block.twin.router, geometry.num_layers + block.layer
 
 
 def parse_domain_weights(text: str) -> dict[str, float]:

@@ -270,7 +270,7 @@ RULES = (
         lambda s: True, lambda s: not s.mtp_missing,
         "the config announces multi-token-prediction layers that have no tensors, which few of its architectures load: "
         "prune with --drop-mtp",
-        "src/models, issue 21172",
+        "src/models, ggml-org/llama.cpp#21172",
     ),
     Rule(
         "hub-keys", ("mlx-lm",), "refuses",
