@@ -88,7 +88,7 @@ def outcome(checkpoint: Checkpoint, geometry: Geometry, plan: Plan) -> Outcome:
     subject = _subject(geometry, config, plan.experts, plan.top_k(geometry), found.uneven)
     findings = lint(subject)
     advice = advise(subject, geometry.num_experts) if plan.experts < geometry.num_experts else []
-    before, after = checkpoint.nbytes, nbytes_with(checkpoint, geometry, plan.experts, plan.mtp != "drop")
+    before, after = checkpoint.nbytes, nbytes_with(checkpoint, geometry, found.experts, plan.mtp != "drop")
     members = {
         "experts": {"before": geometry.num_experts, "after": plan.experts},
         "top_k": {"before": geometry.top_k, "after": plan.top_k(geometry)},

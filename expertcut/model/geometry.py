@@ -146,7 +146,7 @@ class Geometry:
         """The block of every set of experts, by the prefix under which plans keep it, in the order of `blocks`."""
         return {key: block for block in self.blocks.values() for key in block.keys}
 
-    def numbers(self, block: MoeBlock, kept: Mapping[str, Sequence[int]]) -> tuple[int, ...]:
+    def ids_on_disk(self, block: MoeBlock, kept: Mapping[str, Sequence[int]]) -> tuple[int, ...]:
         """Return a block's kept experts by their numbers on disk, in the order of their new ones: set behind set.
 
         `kept` holds the kept ids of every set of experts, by its key.

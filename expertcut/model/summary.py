@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -89,12 +90,14 @@ def max_positions(checkpoint: Checkpoint, geometry: Geometry) -> int | None:
     return found if isinstance(found, int) and found > 0 else None
 
 
-def nbytes_with(checkpoint: Checkpoint, geometry: Geometry, experts: int, mtp: bool = True) -> int:
-    """Return the bytes of tensor data that are left with `experts` experts in every block.
+def nbytes_with(checkpoint: Checkpoint, geometry: Geometry, experts: int | Mapping[int, int], mtp: bool = True) -> int:
+    """Return the bytes of tensor data that are left with `experts` experts in every block, or with so many by layer.
 
     Without `mtp` all that belongs to multi-token prediction goes.
     """
     blocks = geometry.blocks.values() if mtp else geometry.trunk
-    per_expert = sum(geometry.expert_nbytes(checkpoint, block.prefix) for block in blocks)
     gone = 0 if mtp else sum(checkpoint.tensors[name].nbytes for name in geometry.mtp_tensors)
-    return checkpoint.nbytes - gone - (geometry.num_experts - experts) * per_expert
+    for block in blocks:
+        left = experts if isinstance(experts, int) else experts[block.layer]
+        gone += (geometry.num_experts - left) * geometry.expert_nbytes(checkpoint, block.prefix)
+    return checkpoint.nbytes - gone

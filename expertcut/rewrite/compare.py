@@ -59,18 +59,18 @@ def survivors(
     `dropped` names tensors that go altogether.
     """
     tail = tuple(range(geometry.num_experts, geometry.num_experts + geometry.tail))
-    numbers = {prefix: geometry.numbers(block, kept) for prefix, block in geometry.blocks.items()}
+    on_disk = {prefix: geometry.ids_on_disk(block, kept) for prefix, block in geometry.blocks.items()}
+    places = {prefix: {old: new for new, old in enumerate((*ids, *tail))} for prefix, ids in on_disk.items()}
     for name, role in geometry.roles.items():
         old = source.tensors[name]
         if name in dropped:
             continue
         if isinstance(role, ExpertTensor):
-            ids = (*numbers[role.block], *tail)
-            if role.expert in ids:
-                new = f"{geometry.blocks[role.block].expert_prefix}{ids.index(role.expert)}.{role.part}"
-                yield Survivor(new, old, old.shape)
+            place = places[role.block].get(role.expert)
+            if place is not None:
+                yield Survivor(f"{geometry.blocks[role.block].expert_prefix}{place}.{role.part}", old, old.shape)
         elif isinstance(role, Sliced):
-            ids = numbers[role.block] if role.sets > 1 else (*kept[role.block], *tail[: role.tail])
+            ids = on_disk[role.block] if role.sets > 1 else (*kept[role.block], *tail[: role.tail])
             before, behind = old.shape[: role.axis], old.shape[role.axis + 1 :]
             shape = (*before, len(ids) * role.unit // role.sets, *behind)
             yield Survivor(name, old, shape, ids, prod(before) // role.sets)

@@ -223,7 +223,7 @@ def out_tensors(
         CheckpointError: a tensor cannot be cut at byte borders, or a table of expert ids is none.
     """
     tail = range(geometry.num_experts, geometry.num_experts + geometry.tail)
-    on_disk = {prefix: geometry.numbers(block, kept) for prefix, block in geometry.blocks.items()}
+    on_disk = {prefix: geometry.ids_on_disk(block, kept) for prefix, block in geometry.blocks.items()}
     renumber = {prefix: {old: new for new, old in enumerate((*ids, *tail))} for prefix, ids in on_disk.items()}
     for name, role in geometry.roles.items():
         source = ckpt.tensors[name]

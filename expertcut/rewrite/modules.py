@@ -69,7 +69,7 @@ class Modules:
                 parts[role.block][role.part.rpartition(".")[0]] = None
                 if role.expert >= self.experts:  # behind the routed ones, always kept
                     tails[role.block][role.expert] = None
-        ids = {p: (*geometry.numbers(geometry.blocks[p], self._kept), *sorted(tails[p])) for p in left}
+        ids = {p: (*geometry.ids_on_disk(geometry.blocks[p], self._kept), *sorted(tails[p])) for p in left}
         return [Block(geometry.blocks[p].expert_prefix, ids[p], tuple(parts[p]) or _FUSED) for p in left]
 
     @cached_property

@@ -16,10 +16,11 @@ from transformers import AutoConfig
 
 from expertcut.checkpoint import open_checkpoint
 from expertcut.choose import LayerPlan, Plan
-from expertcut.choose.plan import experts_for, min_experts
+from expertcut.choose.plan import experts_for, min_experts, numbers
 from expertcut.errors import PlanError
 from expertcut.measure.numeric import verify_numeric
 from expertcut.model import read_geometry
+from expertcut.model.summary import nbytes_with
 from expertcut.rewrite import prune, require, verify_bytes, verify_structure
 from expertcut.runtimes.transformers import from_pretrained
 
@@ -59,8 +60,10 @@ def written(model: Model, plan: Plan, tmp_path_factory: pytest.TempPathFactory) 
 
 def test_what_is_written_is_whole_and_says_its_layers_numbers(model: Model, plan: Plan, written: Path) -> None:
     require(verify_structure(written, model.checkpoint) + verify_bytes(written, model.checkpoint))
-    geometry = read_geometry(open_checkpoint(written))
+    checkpoint = open_checkpoint(written)
+    geometry = read_geometry(checkpoint)
     assert geometry.uneven
+    assert checkpoint.nbytes == nbytes_with(model.checkpoint, model.geometry, numbers(plan, model.geometry).experts)
     for block in geometry.trunk:
         entry = plan.layers[block.prefix]
         assert (block.experts, block.top_k) == (len(entry.kept), entry.top_k)
