@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -141,6 +141,15 @@ class WeightLoader:
     def sources(self, prefix: str) -> list[str]:
         """Names of the checkpoint tensors that a module's parameters are made of."""
         return [n for target, group in self._groups.items() if _below(target, prefix) for n in group.names()]
+
+    def made_of(self, stored: Collection[str], prefix: str) -> list[str]:
+        """Return the parameters of a module that any of these tensors of the checkpoint goes into."""
+        below = (target for target in self._groups if _below(target, prefix))
+        return [t for t in below if any(s in stored for n in self._groups[t].names() for s in self.reader.stored(n))]
+
+    def parameter(self, name: str) -> torch.Tensor:
+        """Return one parameter or buffer by its full name in the model, on the loader's device and in its dtype."""
+        return dict(self._load(name, None))[name]
 
     def fill(self, module: nn.Module, prefix: str, *, recurse: bool, pool: Pool | None = None) -> None:
         """Give a module its weights, on the loader's device and in its dtype.

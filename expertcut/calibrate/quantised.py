@@ -117,6 +117,10 @@ class DequantisingReader(TensorReader):
         parts = {name for group in self._groups.values() for name in group.parts.values()}
         return [*self._groups, *(name for name in self.checkpoint.tensors if name not in parts)]
 
+    def stored(self, name: str) -> Iterable[str]:
+        """Names of the stored tensors that a plain one is made of."""
+        return self._groups[name].parts.values() if name in self._groups else [name]
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of the plain tensor."""
         if name not in self._groups:
@@ -170,8 +174,7 @@ class DequantisingReader(TensorReader):
             ) from None
 
     def _ranges(self, names: Iterable[str]) -> list[Any]:
-        groups = self._groups
-        return super()._ranges(n for name in names for n in (groups[name].parts.values() if name in groups else [name]))
+        return super()._ranges(stored for name in names for stored in self.stored(name))
 
 
 def find_quantised(checkpoint: Checkpoint) -> Iterator[tuple[str, Quantised]]:

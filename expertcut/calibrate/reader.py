@@ -9,7 +9,7 @@ import mmap
 import os
 import threading
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -29,6 +29,8 @@ class TensorReader:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
+        self.factors: Mapping[str, float] = {}
+        """Tensors that are handed out with every value multiplied and rounded, as a plan's gain leaves them."""
         self._maps: dict[str, mmap.mmap] = {}
         self._ahead: threading.Thread | None = None
 
@@ -36,6 +38,10 @@ class TensorReader:
     def names(self) -> Iterable[str]:
         """Names of all tensors."""
         return self.checkpoint.tensors
+
+    def stored(self, name: str) -> Iterable[str]:
+        """Names of the checkpoint's tensors that a tensor is read from."""
+        return [name]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor."""
@@ -67,7 +73,9 @@ class TensorReader:
             flat = torch.frombuffer(self._map(info.shard), dtype=torch.uint8, count=info.nbytes, offset=info.start)
         if info.start % dtype.itemsize:
             flat = flat.clone()
-        return flat.view(dtype).view(shape)
+        values = flat.view(dtype).view(shape)
+        factor = self.factors.get(name)
+        return values if factor is None else _times(values, factor)
 
     def read_ahead(self, names: Iterable[str]) -> None:
         """Ask the kernel to bring these tensors into the page cache, in the background."""
@@ -109,3 +117,9 @@ class TensorReader:
     def _advise(ranges: list[tuple[mmap.mmap, int, int]], advice: int) -> None:
         for mapping, start, length in ranges:
             mapping.madvise(advice, start, length)
+
+
+def _times(values: torch.Tensor, factor: float) -> torch.Tensor:
+    """Each value times a factor, rounded to nearest in the dtype that it is stored in."""
+    wide = values.double() * factor
+    return wide.float().to(values.dtype) if values.dtype == torch.bfloat16 else wide.to(values.dtype)

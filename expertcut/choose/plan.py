@@ -39,6 +39,8 @@ class LayerPlan(_Record):
     """Original ids, ascending and distinct."""
     top_k: Annotated[StrictInt, Field(ge=1)] | None = None
     """Experts activated per token; None: unchanged."""
+    gain: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Factor on what the routed experts add up to; None: 1."""
 
 
 class Source(_Record):
@@ -141,6 +143,16 @@ def kept_by_block(plan: Plan, geometry: Geometry) -> dict[str, tuple[int, ...]]:
     lockstep = [plan.layers[key] for key in geometry.trunk[-1].keys]
     return {
         key: plan.layers.get(key, stand_in).kept
+        for block in geometry.blocks.values()
+        for key, stand_in in zip(block.keys, lockstep, strict=True)
+    }
+
+
+def gains(plan: Plan, geometry: Geometry) -> dict[str, float]:
+    """Return the gain of every set of experts of the geometry; multi-token-prediction blocks follow the last layer."""
+    lockstep = [plan.layers[key] for key in geometry.trunk[-1].keys]
+    return {
+        key: plan.layers.get(key, stand_in).gain or 1.0
         for block in geometry.blocks.values()
         for key, stand_in in zip(block.keys, lockstep, strict=True)
     }

@@ -2,7 +2,8 @@
 
 A variant is built from the config that the plan would write and shares the base layer's tensors. It differs in two
 things: its router's rows are those of the kept experts, and its experts are the base's, called by their original
-numbers. So one read of the weights serves the base and any number of plans.
+numbers. So one read of the weights serves the base and any number of plans. Where a plan folds a gain into the experts'
+last projection, the variant has one of its own.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from expertcut.checkpoint import read_array
 from expertcut.choose.plan import Plan, kept_by_block, numbers
 from expertcut.model.hashing import remap, stand_ins
 from expertcut.rewrite.config import edit_config
+from expertcut.rewrite.gain import folded
 from expertcut.rewrite.layout import config_edits
 
 
@@ -40,6 +42,16 @@ class _Renumbered(nn.Module):
             return getattr(self.__dict__["_experts"], name)
 
 
+def _replaced(module: nn.Module, path: str, tensor: torch.Tensor) -> nn.Module:
+    """A module with another parameter at a path; it shares all others with the given one."""
+    own, (head, _, rest) = copy.copy(module), path.partition(".")
+    if rest:
+        own._modules = module._modules | {head: _replaced(module.get_submodule(head), rest, tensor)}
+    else:
+        own._parameters = module._parameters | {head: nn.Parameter(tensor, requires_grad=False)}
+    return own
+
+
 class Variant:
     """The model under a plan, sharing the base's weights."""
 
@@ -50,6 +62,7 @@ class Variant:
         self.top_k, self._stream = numbers(plan, geometry).top_k, stream
         raw = edit_config(stream.checkpoint.config, config_edits(stream.checkpoint, geometry, plan))
         self._layers = find_layers(hf.build_model(hf.config_like(stream.config, raw), raw, stream.dtype))[1]
+        self._factors = folded(stream.checkpoint, geometry, plan)
 
     def layer(self, index: int, base: nn.Module) -> nn.Module:
         """Return the layer of this variant; valid as long as the base's layer is."""
@@ -60,7 +73,8 @@ class Variant:
             tail = range(geometry.num_experts, geometry.num_experts + geometry.tail)
             kept = torch.tensor((*self.kept[index], *tail), device=device)
             parent, _, leaf = experts.rpartition(".")
-            setattr(layer.get_submodule(parent), leaf, _Renumbered(base.get_submodule(experts), kept))
+            own = self._with_gain(index, experts, base.get_submodule(experts))
+            setattr(layer.get_submodule(parent), leaf, _Renumbered(own, kept))
         for name, tensor in (*base.named_parameters(), *base.named_buffers()):
             path, _, leaf = name.rpartition(".")
             if experts is not None and name.startswith((experts + ".", *idle)):
@@ -76,6 +90,18 @@ class Variant:
                 tensor = nn.Parameter(tensor.index_select(axis, kept[: mine.shape[axis]]), requires_grad=False)
             store[leaf] = tensor  # type: ignore[assignment]
         return layer
+
+    def _with_gain(self, index: int, name: str, experts: nn.Module) -> nn.Module:
+        """The base's experts, with what the plan folds a gain into read again, as it would be written."""
+        stream, prefix = self._stream, f"{self._stream.prefix}.{index}.{name}"
+        stream.reader.factors = self._factors
+        try:
+            for target in stream.loader.made_of(self._factors, prefix):
+                whole = stream.loader.parameter(target)
+                experts = _replaced(experts, target.removeprefix(f"{prefix}."), whole)
+        finally:
+            stream.reader.factors = {}
+        return experts
 
     def _is_table(self, leaf: str) -> bool:
         table = self._stream.geometry.family.hash_table

@@ -30,6 +30,11 @@ LAYER_LISTS = ("layers_block_type", "hybrid_override_pattern")
 """Lists or strings with one entry per layer, where a config has no count."""
 HIDDEN_KEYS = ("hidden_size", "d_model")
 GROUP_KEYS = ("n_group", "num_expert_group")
+SCALING_KEYS = (
+    "routed_scaling_factor", "router_scaling_factor", "moe_routed_scaling_factor", "moe_router_scaling_factor",
+    "route_scale",
+)  # fmt: skip
+"""Keys of a factor on all that the routed experts add up to, in every layer."""
 MTP_KEYS = (
     "num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers", "num_mtp_modules", "use_mtp",
     "mtp_hybrid_override_pattern", "mtp_layers_block_type", "mtp_layer_types", "mtp_mlp_layer_types",
@@ -107,6 +112,8 @@ class Family:
     """The tail is one class that means to skip the block; transformers reports it as expert 0 with weight 0."""
     fixed_top_k: bool = False
     """The router knows one top-k only."""
+    normed: bool = False
+    """The experts' outputs are normalised before they are added, so that no factor in their weights has an effect."""
 
     @property
     def sets(self) -> int:
@@ -191,7 +198,7 @@ FAMILIES: tuple[Family, ...] = (
     _softmax(
         "gemma4", "gemma4_text", "diffusion_gemma", "diffusion_gemma_text", block="",
         top_k=("top_k_experts", "num_experts_per_tok"), router="router.proj",
-        sliced=(("router.per_expert_scale", 0), *_FUSED), whole=_LAYER_PARTS, renormalise=True,
+        sliced=(("router.per_expert_scale", 0), *_FUSED), whole=_LAYER_PARTS, renormalise=True, normed=True,
     ),
     _softmax(
         "longcat_flash", "longcat_flash_chat", "longcat_flash_ngram", experts=("n_routed_experts",),
@@ -293,7 +300,7 @@ FAMILIES: tuple[Family, ...] = (
     _sigmoid(
         "muse_spark", "muse_spark_text", experts=_LOCAL, renormalise=True,
         sliced=((_CORRECTION, 0), ("experts.gate_up_proj*", 0), ("experts.down_proj*", 0)),
-        whole=("experts.post_expert_norm.*", "pre_expert_*", "post_expert_*"),
+        whole=("experts.post_expert_norm.*", "pre_expert_*", "post_expert_*"), normed=True,
     ),
     _sigmoid(
         "inkling_mm_model", "inkling_text", experts=_ROUTED, width=("moe_intermediate_size", "intermediate_size"),

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,7 @@ from expertcut.errors import CheckpointError
 from expertcut.model import ExpertTensor, Geometry, Remapped, Sliced
 from expertcut.model.hashing import StandIns, remap, stand_ins, table_of_ids
 from expertcut.rewrite.files import Folder
+from expertcut.rewrite.gain import rescaled
 
 BUFFER = 256 * 2**10
 PIECE = 8 * 2**20
@@ -42,6 +44,8 @@ class Survivor:
     """How often such rows occur, one batch behind the other."""
     remap: StandIns | None = None
     """For a table of expert ids: who takes over from whom."""
+    factor: float | None = None
+    """What every value is multiplied by, where the plan has a gain."""
 
     @property
     def nbytes(self) -> int:
@@ -52,11 +56,11 @@ class Survivor:
 
 def survivors(
     source: Checkpoint, geometry: Geometry, kept: Mapping[str, Sequence[int]], top_k: Mapping[int, int],
-    dropped: Collection[str] = (),
+    dropped: Collection[str] = (), factors: Mapping[str, float] = MappingProxyType({}),
 ) -> Iterator[Survivor]:  # fmt: skip
     """Yield what the kept experts leave of the source, in source order; `top_k` is the new one of every MoE layer.
 
-    `dropped` names tensors that go altogether.
+    `dropped` names tensors that go altogether, `factors` those whose values are multiplied.
     """
     tail = tuple(range(geometry.num_experts, geometry.num_experts + geometry.tail))
     on_disk = {prefix: geometry.ids_on_disk(block, kept) for prefix, block in geometry.blocks.items()}
@@ -68,12 +72,13 @@ def survivors(
         if isinstance(role, ExpertTensor):
             place = places[role.block].get(role.expert)
             if place is not None:
-                yield Survivor(f"{geometry.blocks[role.block].expert_prefix}{place}.{role.part}", old, old.shape)
+                new = f"{geometry.blocks[role.block].expert_prefix}{place}.{role.part}"
+                yield Survivor(new, old, old.shape, factor=factors.get(name))
         elif isinstance(role, Sliced):
             ids = on_disk[role.block] if role.sets > 1 else (*kept[role.block], *tail[: role.tail])
             before, behind = old.shape[: role.axis], old.shape[role.axis + 1 :]
             shape = (*before, len(ids) * role.unit // role.sets, *behind)
-            yield Survivor(name, old, shape, ids, prod(before) // role.sets)
+            yield Survivor(name, old, shape, ids, prod(before) // role.sets, factor=factors.get(name))
         elif isinstance(role, Remapped):
             block = geometry.blocks[role.block]
             who = stand_ins(read_array(source, block.router), kept[role.block])
@@ -142,6 +147,8 @@ def _equal(survivor: Survivor, found: TensorInfo, old: _Reader, new: _Reader) ->
         before = table_of_ids(old.read(source.shard, source.start, source.nbytes).tobytes(), source)
         after = table_of_ids(new.read(found.shard, found.start, found.nbytes).tobytes(), found)
         return np.array_equal(remap(before, survivor.remap, survivor.shape[1]), after)
+    if survivor.factor is not None:
+        return _equals_rescaled(survivor, found, old, new)
     if survivor.kept is None or not found.nbytes:
         return _ranges_equal(old, source.shard, source.start, new, found.shard, found.start, found.nbytes)
     slabs, count = survivor.slabs, len(survivor.kept)
@@ -149,13 +156,9 @@ def _equal(survivor: Survivor, found: TensorInfo, old: _Reader, new: _Reader) ->
     experts = source.nbytes // (slabs * part)
     if part >= SHORT:
         return all(
-            _ranges_equal(
-                old, source.shard, source.start + (slab * experts + expert) * part,
-                new, found.shard, found.start + (slab * count + place) * part, part,
-            )
-            for slab in range(slabs)
-            for place, expert in enumerate(survivor.kept)
-        )  # fmt: skip
+            _ranges_equal(old, source.shard, before, new, found.shard, after, part)
+            for before, after in _parts(survivor, found)
+        )
     step = max(1, PIECE // (experts * part))
     for first in range(0, slabs, step):
         rows = min(step, slabs - first)
@@ -164,6 +167,34 @@ def _equal(survivor: Survivor, found: TensorInfo, old: _Reader, new: _Reader) ->
         chosen = before.reshape(rows, experts, part)[:, list(survivor.kept)]
         if not np.array_equal(chosen, after.reshape(rows, count, part)):
             return False
+    return True
+
+
+def _parts(survivor: Survivor, found: TensorInfo) -> Iterator[tuple[int, int]]:
+    """Yield where each kept part begins in the source's shard and in the new one."""
+    source, kept = survivor.source, survivor.kept
+    if kept is None:
+        yield source.start, found.start
+        return
+    part = found.nbytes // (survivor.slabs * len(kept))
+    experts = source.nbytes // (survivor.slabs * part)
+    for slab in range(survivor.slabs):
+        for place, expert in enumerate(kept):
+            yield source.start + (slab * experts + expert) * part, found.start + (slab * len(kept) + place) * part
+
+
+def _equals_rescaled(survivor: Survivor, found: TensorInfo, old: _Reader, new: _Reader) -> bool:
+    assert survivor.factor is not None
+    places = list(_parts(survivor, found))
+    part = found.nbytes // len(places)
+    for before, after in places:
+        for done in range(0, part, PIECE):
+            size = min(PIECE, part - done)
+            expected = rescaled(
+                old.read(survivor.source.shard, before + done, size), survivor.source.dtype, survivor.factor
+            )
+            if not np.array_equal(expected, new.read(found.shard, after + done, size)):
+                return False
     return True
 
 

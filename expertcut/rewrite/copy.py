@@ -21,6 +21,7 @@ import numpy as np
 from expertcut.errors import CheckpointError
 from expertcut.model.hashing import remap, table_of_ids
 from expertcut.rewrite.files import Folder
+from expertcut.rewrite.gain import rescaled
 from expertcut.rewrite.kernel import UNSUPPORTED, reserve
 from expertcut.rewrite.layout import Move, OutShard, OutTensor
 
@@ -200,7 +201,8 @@ def _append(root: Path, shard: OutShard, file: int, copier: Copier) -> Iterator[
             if isinstance(step, Move):
                 yield from _move(sources, step, file, at, copier)
             else:
-                yield from (_gather if step.gather else _remap)(sources, step, file, at)
+                through = _rescale if step.factor is not None else _gather if step.gather else _remap
+                yield from through(sources, step, file, at)
             at += step.nbytes
 
 
@@ -227,6 +229,18 @@ def _gather(sources: _Sources, tensor: OutTensor, file: int, at: int) -> Iterato
         write_all(file, kept.data.cast("B"), at)
         at += kept.nbytes
         yield kept.nbytes
+
+
+def _rescale(sources: _Sources, tensor: OutTensor, file: int, at: int) -> Iterator[int]:
+    """Read the kept parts of the source tensor, piece by piece, and write them multiplied."""
+    assert tensor.factor is not None
+    for offset, nbytes in tensor.ranges():
+        for done in range(0, nbytes, PIECE):
+            raw = sources.read(tensor.source.shard, offset + done, min(PIECE, nbytes - done))
+            new = rescaled(np.frombuffer(raw, np.uint8), tensor.source.dtype, tensor.factor)
+            write_all(file, new.data.cast("B"), at)
+            at += new.nbytes
+            yield new.nbytes
 
 
 def _remap(sources: _Sources, tensor: OutTensor, file: int, at: int) -> Iterator[int]:

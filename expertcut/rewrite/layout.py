@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from expertcut.checkpoint import DTYPE_BITS, Checkpoint, TensorInfo, build_header, load_json, read_array
@@ -23,6 +24,7 @@ from expertcut.model import Edit, ExpertTensor, Geometry, Remapped, Sliced
 from expertcut.model.hashing import StandIns, stand_ins
 from expertcut.model.uneven import marked
 from expertcut.rewrite.config import config_bytes, differences, edit_config
+from expertcut.rewrite.gain import config_gain, folded
 from expertcut.rewrite.quantization import COMPANIONS, quantization_edits, rewrite_document
 
 MAX_SHARD_SIZE = 5 * 10**9
@@ -61,11 +63,14 @@ class OutTensor:
     """None: all bytes of the source tensor."""
     remap: StandIns | None = None
     """For a table of expert ids: who takes over from whom."""
+    factor: float | None = None
+    """What every value is multiplied by."""
 
     @property
     def in_memory(self) -> bool:
         """True if the tensor passes through memory instead of being copied by the kernel."""
-        return self.remap is not None or (self.gather is not None and self.gather.short)
+        through = self.remap is not None or self.factor is not None
+        return through or (self.gather is not None and self.gather.short)
 
     def ranges(self) -> Iterator[tuple[int, int]]:
         """Byte ranges of the source shard, as (offset, bytes), in order."""
@@ -170,7 +175,8 @@ def plan_layout(ckpt: Checkpoint, geometry: Geometry, plan: Plan, max_shard_size
     validate(plan, geometry)
     kept, edits = kept_by_block(plan, geometry), config_edits(ckpt, geometry, plan)
     top_k = numbers(plan, geometry).top_k
-    tensors = out_tensors(ckpt, geometry, kept, top_k, dropped_tensors(plan, geometry))
+    factors = folded(ckpt, geometry, plan)
+    tensors = out_tensors(ckpt, geometry, kept, top_k, dropped_tensors(plan, geometry), factors)
     groups = list(pack(tensors, max_shard_size))
     shards = tuple(_shard(_shard_name(i, len(groups)), group) for i, group in enumerate(groups))
     documents = rewritten_companions(ckpt, geometry, plan)
@@ -188,6 +194,7 @@ def config_edits(ckpt: Checkpoint, geometry: Geometry, plan: Plan) -> tuple[Edit
         ConfigConflictError: an entry of the quantization config cannot be rewritten exactly.
     """
     owned = geometry.config_edits(ckpt.config, plan.experts, plan.top_k(geometry))
+    owned += config_gain(ckpt.config, geometry, plan)
     found = numbers(plan, geometry)
     marks = list(differences(ckpt.config, marked(ckpt.config, found))) if found.uneven else []
     announced = geometry.mtp_edits(ckpt.config) if plan.mtp == "drop" else []
@@ -213,11 +220,12 @@ def rewritten_companions(ckpt: Checkpoint, geometry: Geometry, plan: Plan) -> di
 
 def out_tensors(
     ckpt: Checkpoint, geometry: Geometry, kept: Mapping[str, Sequence[int]], top_k: Mapping[int, int],
-    dropped: Collection[str] = (),
+    dropped: Collection[str] = (), factors: Mapping[str, float] = MappingProxyType({}),
 ) -> Iterator[OutTensor]:  # fmt: skip
     """Yield the tensors of the new checkpoint in source order; `kept` holds the kept ids of every block.
 
-    `top_k` is the new one of every MoE layer; `dropped` names tensors that go altogether.
+    `top_k` is the new one of every MoE layer; `dropped` names tensors that go altogether, `factors` those whose values
+    are multiplied.
 
     Raises:
         CheckpointError: a tensor cannot be cut at byte borders, or a table of expert ids is none.
@@ -232,11 +240,11 @@ def out_tensors(
         if isinstance(role, ExpertTensor):
             new = renumber[role.block].get(role.expert)
             if new is not None:
-                prefix = geometry.blocks[role.block].expert_prefix
-                yield OutTensor(f"{prefix}{new}.{role.part}", source, source.shape, source.nbytes)
+                prefix, factor = geometry.blocks[role.block].expert_prefix, factors.get(name)
+                yield OutTensor(f"{prefix}{new}.{role.part}", source, source.shape, source.nbytes, factor=factor)
         elif isinstance(role, Sliced):
             ids = on_disk[role.block] if role.sets > 1 else (*kept[role.block], *tail[: role.tail])
-            yield _sliced(source, role, ids)
+            yield replace(_sliced(source, role, ids), factor=factors.get(name))
         elif isinstance(role, Remapped):
             block = geometry.blocks[role.block]
             yield _remapped(source, stand_ins(read_array(ckpt, block.router), kept[role.block]), top_k[block.layer])

@@ -19,6 +19,7 @@ from expertcut.model import Geometry, check_fingerprint, read_geometry
 from expertcut.rewrite.compare import Survivor, changed_files, changed_tensors, survivors, wrong_files, wrong_tensors
 from expertcut.rewrite.config import describe, differences, edit_config
 from expertcut.rewrite.destination import partial_folder
+from expertcut.rewrite.gain import folded
 from expertcut.rewrite.layout import RECORD, config_edits, rewritten_companions
 from expertcut.rewrite.record import Record
 
@@ -95,15 +96,20 @@ def verify_bytes(out: str | Path | Checkpoint, source: Checkpoint) -> list[Check
     files = [name for name in source.companions if name != RECORD and name not in documents]
     companions = [*changed_files(ckpt, source, files), *wrong_files(ckpt, documents)]
     rewritten = f", {len(documents)} rewritten" if documents else ""
+    scaled = [survivor for survivor in expected if survivor.factor is not None]
+    gained = f"; {len(scaled)} tensors times their gain, rounded to nearest" if scaled else ""
+    equal = f"{ckpt.nbytes - sum(s.nbytes for s in scaled)} bytes equal the source's{gained}"
     return [
-        _check("tensor bytes", changed_tensors(ckpt, source, expected), f"{ckpt.nbytes} bytes equal the source's"),
+        _check("tensor bytes", changed_tensors(ckpt, source, expected), equal),
         _check("companions", companions, f"{len(files)} files equal the source's{rewritten}"),
     ]
 
 
 def _survivors(source: Checkpoint, geometry: Geometry, plan: Plan) -> Iterator[Survivor]:
-    kept, dropped = kept_by_block(plan, geometry), dropped_tensors(plan, geometry)
-    return survivors(source, geometry, kept, numbers(plan, geometry).top_k, dropped)
+    kept, dropped, factors = (
+        kept_by_block(plan, geometry), dropped_tensors(plan, geometry), folded(source, geometry, plan)
+    )  # fmt: skip
+    return survivors(source, geometry, kept, numbers(plan, geometry).top_k, dropped, factors)
 
 
 def _check(name: str, findings: Iterable[str], passed: str) -> Check:
