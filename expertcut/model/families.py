@@ -112,8 +112,10 @@ class Family:
     """The tail is one class that means to skip the block; transformers reports it as expert 0 with weight 0."""
     fixed_top_k: bool = False
     """The router knows one top-k only."""
-    normed: bool = False
-    """The experts' outputs are normalised before they are added, so that no factor in their weights has an effect."""
+    unscalable: str | None = None
+    """Why a factor on what the routed experts add up to cannot be folded into their weights."""
+    scales_shared: bool = False
+    """The config's factor on the routed experts is on shared ones too."""
 
     @property
     def sets(self) -> int:
@@ -128,6 +130,7 @@ _LINEARS = (("input_linear.*", 0), ("output_linear.*", 0))
 _ROUTED = ("n_routed_experts", "num_local_experts", "num_experts")
 _LOCAL = ("num_local_experts", "num_experts")
 _WIDE = ("intermediate_size",)
+_NORMED = "its experts' outputs are normalised"
 _LAYER_PARTS = (
     "self_attn.*", "self_attention.*", "attention.*", "mlp.*", "feed_forward.*", "*norm", "*norm.*", "*layernorm*",
     "layer_scalar", "shared_experts.*", "indexer.*", "per_layer_*", "router.scale",
@@ -198,7 +201,7 @@ FAMILIES: tuple[Family, ...] = (
     _softmax(
         "gemma4", "gemma4_text", "diffusion_gemma", "diffusion_gemma_text", block="",
         top_k=("top_k_experts", "num_experts_per_tok"), router="router.proj",
-        sliced=(("router.per_expert_scale", 0), *_FUSED), whole=_LAYER_PARTS, renormalise=True, normed=True,
+        sliced=(("router.per_expert_scale", 0), *_FUSED), whole=_LAYER_PARTS, renormalise=True, unscalable=_NORMED,
     ),
     _softmax(
         "longcat_flash", "longcat_flash_chat", "longcat_flash_ngram", experts=("n_routed_experts",),
@@ -206,6 +209,7 @@ FAMILIES: tuple[Family, ...] = (
         router="router.classifier", tail="zero_expert_num",
         sliced=(("router.classifier.bias", 0), ("router.e_score_correction_bias", 0)), renormalise=False,
         correction_bias="router.e_score_correction_bias", live=("router", "router.e_score_correction_bias"),
+        unscalable="its router also routes to experts without weights",
     ),
     _softmax(
         "ernie4_5_moe", experts=("moe_num_experts", "num_experts"), top_k=("moe_k", "num_experts_per_tok"),
@@ -300,12 +304,12 @@ FAMILIES: tuple[Family, ...] = (
     _sigmoid(
         "muse_spark", "muse_spark_text", experts=_LOCAL, renormalise=True,
         sliced=((_CORRECTION, 0), ("experts.gate_up_proj*", 0), ("experts.down_proj*", 0)),
-        whole=("experts.post_expert_norm.*", "pre_expert_*", "post_expert_*"), normed=True,
+        whole=("experts.post_expert_norm.*", "pre_expert_*", "post_expert_*"), unscalable=_NORMED,
     ),
     _sigmoid(
         "inkling_mm_model", "inkling_text", experts=_ROUTED, width=("moe_intermediate_size", "intermediate_size"),
         renormalise=True, tail="n_shared_experts", bias="gate.bias", sliced=(("gate.bias", 0), *_BIASED),
-        whole=("shared_experts.*", "gate.global_scale"), live=("gate", _CORRECTION),
+        whole=("shared_experts.*", "gate.global_scale"), live=("gate", _CORRECTION), scales_shared=True,
     ),
     _sigmoid(
         "inkling2", "inkling2_text", experts=_ROUTED, scoring_key="scoring_func", renormalise=True, bias="gate.bias",

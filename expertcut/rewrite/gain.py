@@ -38,7 +38,7 @@ _BIAS = "bias"
 def config_gain(config: Mapping[str, Any], geometry: Geometry, plan: Plan) -> list[Edit]:
     """Return the values of the raw config that give all layers the plan's gain; none if the config cannot."""
     wanted = set(gains(plan, geometry).values())
-    if len(wanted) > 1 or wanted == {1.0}:
+    if len(wanted) > 1 or wanted == {1.0} or geometry.family.scales_shared:
         return []
     (gain,) = wanted
     return [
@@ -59,10 +59,9 @@ def folded(ckpt: Checkpoint, geometry: Geometry, plan: Plan) -> dict[str, float]
     if set(wanted.values()) == {1.0} or config_gain(ckpt.config, geometry, plan):
         return {}
     family = geometry.family
-    if family.normed or (geometry.tail and not family.skips):
-        why = "normalises the experts' outputs" if family.normed else "routes to more than experts"
+    if family.unscalable:
         raise PlanError(
-            f"gain: {family.model_type} {why}, so that it cannot be folded into their weights",
+            f"gain: {family.model_type}: {family.unscalable}, so that it cannot be folded into their weights",
             "plan without a gain, or give all layers one gain where the config has a factor for it",
         )
     found: dict[str, float] = {}
@@ -112,8 +111,8 @@ def _carriers(ckpt: Checkpoint, parts: Mapping[str, str], gain: float) -> Iterat
         info: TensorInfo = ckpt.tensors[parts[part]]
         if info.dtype not in ROUNDING:
             raise PlanError(
-                f"{info.shard}: gain: {info.name} is {info.dtype}, found no tensor that can hold a factor on "
-                f"{', '.join(parts.values())}; expected {', '.join(ROUNDING)}",
+                f"{info.shard}: gain: {info.name} is {info.dtype}, which holds no gain; expected one of "
+                f"{', '.join(ROUNDING)}",
                 "plan without a gain, or give all layers one gain where the config has a factor for it",
             )
         yield info.name, 1 / gain if part in _DIVISORS else gain

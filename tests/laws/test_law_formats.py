@@ -154,3 +154,37 @@ def test_plans_of_strangers_do_not(tmp_path: Path, tmp_path_factory: pytest.Temp
             plan = stranger.random_plan()
             prune(quantised.checkpoint, quantised.geometry, plan, tmp_path / "out")
         assert all(word in caught.value.message for word in words), caught.value.message
+
+
+POWERS_OF_TWO = {"MXFP8", "MXFP4", "MXFP4, stacked", "FP4 of DeepSeek"}
+"""Formats whose scales can hold no gain."""
+
+
+@every_format
+def test_a_gain_goes_into_the_outermost_scales(
+    name: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """No code changes; what is read is the gain times what was; law 3 holds, dropped experts and rounding included."""
+    folder, _ = quantised_pair(name, tmp_path_factory)
+    model = Model(folder)
+    plan = model.random_plan(3)
+    first, *others = plan.layers
+    for gain in (0.5, 0.8):
+        layers = plan.layers | {first: plan.layers[first].model_copy(update={"gain": gain})}
+        gained, out = plan.model_copy(update={"layers": layers}), tmp_path / str(gain)
+        if name in POWERS_OF_TWO:
+            with pytest.raises(PlanError, match="which holds no gain"):
+                prune(model.checkpoint, model.geometry, gained, out)
+            assert not out.exists()
+            continue
+        prune(model.checkpoint, model.geometry, gained, out, max_shard_size=50_000)
+        require(verify_structure(out, model.checkpoint) + verify_bytes(out, model.checkpoint))
+        written, expected = read_tensors(out), left_of(read_tensors(folder), plan)
+        changed = [n for n in expected if not same(written[n], expected[n])]
+        assert changed and all("scale" in n and "down_proj" in n and n.startswith(first) for n in changed)
+        if gain == 0.5:
+            assert all(same(written[n].float(), expected[n].float() * (2 if "global" in n else 0.5)) for n in changed)
+        checks = verify_numeric(
+            open_checkpoint(out), model.checkpoint, gained, DATA, device="cpu", notify=print, advance=silent
+        )
+        require(checks)
