@@ -28,6 +28,8 @@ from expertcut.model.places import in_tower
 
 CARRIED = ("prev_topk_indices", "prev_router_hidden_states")
 """Arguments in which decoder layers take over, besides the hidden states, what the layer before found."""
+CHUNK_TOKENS, CHUNK_LOGITS = 256, 1 << 24
+"""Tokens whose logits are computed at a time, and how many logits at most (64 MB in float32)."""
 
 
 @dataclass
@@ -179,16 +181,31 @@ class LayerStream:
         result, *more = out if isinstance(out, tuple) else (out,)
         return result, more[0] if self._carried is not None else None
 
+    def layers(self) -> Iterator[tuple[int, nn.Module]]:
+        """Yield number and weights of every decoder layer, one at a time, while the next one's bytes are read ahead."""
+        for index in range(len(self)):
+            layer = self.load(index)
+            self.read_ahead(index + 1)
+            yield index, layer
+            self.release(index)
+
     @torch.inference_mode()
-    def logits(self, batch: Batch, hidden: torch.Tensor, chunk: int = 256) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Yield (positions, logits (B, chunk, V)) from the last layer's output, `chunk` positions at a time."""
-        self._recorders[-1].output = hidden
-        positions = hidden.shape[1]
-        for start in range(0, positions, chunk):
-            stop = min(start + chunk, positions)
-            keep = torch.arange(start, stop, device=self.device)
-            yield slice(start, stop), self._forward(batch, logits_to_keep=keep).logits
-        self._recorders[-1].output = None
+    def logits(self, batch: Batch, hidden: torch.Tensor, where: slice) -> torch.Tensor:
+        """Return the logits (B, chunk, V) of these positions, from the last layer's output (B, S, H)."""
+        last, keep = self._recorders[-1], torch.arange(where.start, where.stop, device=self.device)
+        last.output = hidden
+        try:
+            found: torch.Tensor = self._forward(batch, logits_to_keep=keep).logits
+        finally:
+            last.output = None
+        return found
+
+    def chunks(self, batch: Batch) -> Iterator[slice]:
+        """Yield all positions of a micro-batch in runs whose logits are few enough to be held several times."""
+        tokens = min(CHUNK_TOKENS, CHUNK_LOGITS // self.config.get_text_config().vocab_size)
+        size, positions = max(1, tokens // len(batch.rows)), batch.ids.shape[1]
+        for start in range(0, positions, size):
+            yield slice(start, min(start + size, positions))
 
     def _forward(self, batch: Batch, logits_to_keep: int | torch.Tensor) -> Any:
         mask = batch.mask

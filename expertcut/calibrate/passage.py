@@ -38,6 +38,12 @@ class Passage:
         for prepared in self.prepared:
             prepared.hidden = prepared.hidden[:0]
 
+    def branch(self, track: int) -> int:
+        """Add a track that has come the same way as another; returns its number."""
+        self.hidden.append(list(self.hidden[track]))
+        self.carried.append(list(self.carried[track]))
+        return len(self.hidden) - 1
+
     def step(self, index: int, layer: nn.Module, track: int = 0, observer: Observer | None = None) -> None:
         """Take every micro-batch of a track through one layer."""
         at = 0
@@ -46,9 +52,10 @@ class Passage:
 
     def logits(self, track: int) -> Iterator[tuple[Batch, slice, torch.Tensor]]:
         """Yield (micro-batch, positions, logits) of a track that has passed all layers."""
-        for prepared, hidden in zip(self.prepared, self.hidden[track], strict=True):
-            for where, logits in self.stream.logits(prepared.batch, fetch(hidden, self.stream.device)):
-                yield prepared.batch, where, logits
+        for prepared, waiting in zip(self.prepared, self.hidden[track], strict=True):
+            hidden = fetch(waiting, self.stream.device)
+            for where in self.stream.chunks(prepared.batch):
+                yield prepared.batch, where, self.stream.logits(prepared.batch, hidden, where)
 
     def _run(self, index: int, layer: nn.Module, track: int, at: int, observer: Observer | None) -> None:
         prepared = self.prepared[at]
@@ -109,12 +116,9 @@ def run_through(
 ) -> Passage:  # fmt: skip
     """Take every micro-batch through all layers in `count` tracks; each layer is loaded once."""
     passage = Passage(stream, batches, count, notify)
-    for index in range(len(stream)):
-        layer = stream.load(index)
-        stream.read_ahead(index + 1)
+    for index, layer in stream.layers():
         for track, module in enumerate(tracks(index, layer)):
             passage.step(index, module, track)
-        stream.release(index)
         advance(index + 1, len(stream))
     return passage
 

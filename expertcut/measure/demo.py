@@ -24,8 +24,8 @@ from expertcut.calibrate.tokenizer import Tokenizer, load_tokenizer
 from expertcut.checkpoint import Checkpoint, open_checkpoint
 from expertcut.choose import Plan, make_plan
 from expertcut.errors import DestinationError
-from expertcut.measure.loss import evaluate
 from expertcut.measure.numeric import verify_numeric
+from expertcut.measure.whatif import BASE, evaluate
 from expertcut.model import Geometry, read_geometry
 from expertcut.rewrite import Check, prune, verify_bytes, verify_structure
 
@@ -115,7 +115,7 @@ def run_demo(folder: Path, notify: Notify) -> DemoResult:
         )
         plans = _plans(checkpoint, geometry, profile, folder / "plans")
         found = evaluate(checkpoint, geometry, heldout, plans, _OPTIONS, notify=notify, advance=_silent)
-        losses = {loss.name: loss.overall.nll for loss in found}
+        losses = {name: found.mean("nll", name) for name in found.names}
         best = min(CALIBRATED, key=lambda name: losses[name])
         notify(f"pruning by {best}, and checking structure, bytes and logits")
         pruned, numeric = folder / "pruned", _text(["builtin-heldout"], tokenizer, NUMERIC_TOKENS, checkpoint)
@@ -123,11 +123,11 @@ def run_demo(folder: Path, notify: Notify) -> DemoResult:
         checks = _verify(pruned, checkpoint, plans[best], numeric, notify)
         written = open_checkpoint(pruned)
         own = read_geometry(written)
-        (again,) = evaluate(written, own, heldout, {}, _OPTIONS, notify=notify, advance=_silent)
-    checks.append(_same_loss(losses[best], again.overall.nll))
+        again = evaluate(written, own, heldout, {}, _OPTIONS, notify=notify, advance=_silent).mean("nll", BASE)
+    checks.append(_same_loss(losses[best], again))
     rows = _rows(losses, checkpoint.nbytes, written.nbytes, geometry.num_experts, own.num_experts)
     return DemoResult(
-        folder, checkpoint.path, rows, calibration.tokens, heldout.tokens, SEEDS, pruned, best, again.overall.nll,
+        folder, checkpoint.path, rows, calibration.tokens, heldout.tokens, SEEDS, pruned, best, again,
         tuple(checks), time.monotonic() - started,
     )  # fmt: skip
 
@@ -183,7 +183,7 @@ def _same_loss(planned: float, found: float) -> Check:
 def _rows(losses: dict[str, float], before: int, after: int, experts: int, kept: int) -> tuple[DemoRow, ...]:
     random = [nll for name, nll in losses.items() if name.startswith("random-")]
     return (
-        DemoRow("unpruned", experts, before, losses["base"], None),
+        DemoRow("unpruned", experts, before, losses[BASE], None),
         *(DemoRow(name, kept, after, losses[name], None) for name in CALIBRATED),
         DemoRow("random", kept, after, statistics.fmean(random), statistics.stdev(random)),
     )

@@ -8,13 +8,26 @@ from pathlib import Path
 import pytest
 import torch
 from reference import load, logits, profile
-from tiny_models import NAMES, TINY, counted_reads, messages, read_tensors, tiny_model, tokens, write_shards, write_tiny
+from tiny_models import (
+    NAMES,
+    TINY,
+    VOCAB,
+    counted_reads,
+    messages,
+    read_tensors,
+    silent,
+    tiny_model,
+    tokens,
+    write_shards,
+    write_tiny,
+)
 from tiny_types import tiny_type
 
+from expertcut.calibrate import executor
 from expertcut.calibrate.batches import Batch, batch_of, make_batches
 from expertcut.calibrate.data import CalibrationSet
 from expertcut.calibrate.executor import LayerStream
-from expertcut.calibrate.passage import Passage, out_of_memory
+from expertcut.calibrate.passage import Passage, out_of_memory, run_through
 from expertcut.calibrate.profile import Profile
 from expertcut.checkpoint import open_checkpoint
 from expertcut.errors import CheckpointError, ExpertcutError
@@ -34,19 +47,13 @@ def batches(data: CalibrationSet, micro_tokens: int = 10**6) -> list[Batch]:
     return make_batches([s.ids for s in data.sequences], [0] * len(data.sequences), micro_tokens)
 
 
-def run(layers: LayerStream, work: list[Batch], chunk: int = 256) -> list[torch.Tensor]:
+def run(layers: LayerStream, work: list[Batch]) -> list[torch.Tensor]:
     """Logits (B, S, V) of every micro-batch."""
-    passage = Passage(layers, work, 1, print)
-    for index in range(len(layers)):
-        layer = layers.load(index)
-        layers.read_ahead(index + 1)
-        passage.step(index, layer)
-        layers.release(index)
-    found = []
-    for prepared, hidden in zip(passage.prepared, passage.hidden[0], strict=True):
-        parts = [part for _, part in layers.logits(prepared.batch, hidden, chunk)]
-        found.append(torch.cat(parts, dim=1))
-    return found
+    passage = run_through(layers, work, 1, lambda index, layer: [layer], print, silent)
+    parts: dict[tuple[int, ...], list[torch.Tensor]] = {}
+    for batch, _, part in passage.logits(0):
+        parts.setdefault(batch.rows, []).append(part)
+    return [torch.cat(parts[batch.rows], dim=1) for batch in work]
 
 
 @pytest.fixture(params=NAMES)
@@ -89,12 +96,29 @@ def test_resident_computes_the_same_and_keeps_its_layers(folder: Path) -> None:
     kept.close()
 
 
-def test_logits_in_chunks(folder: Path) -> None:
+def test_logits_in_chunks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     work = batches(tokens((23, 23)))
     layers = stream(folder)
-    whole, parts = run(layers, work), run(layers, work, chunk=7)
+    whole = run(layers, work)
+    monkeypatch.setattr(executor, "CHUNK_TOKENS", 14)
+    assert [where.stop - where.start for where in layers.chunks(work[0])] == [7, 7, 7, 2]
+    parts = run(layers, work)
+    monkeypatch.setattr(executor, "CHUNK_LOGITS", VOCAB)
+    assert [where.start for where in layers.chunks(work[0])] == list(range(23))
     layers.close()
     torch.testing.assert_close(parts[0], whole[0], rtol=1e-5, atol=1e-5)
+
+
+def test_logits_of_several_tracks_in_turn(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Nothing of one track is left in the model when another's logits are asked for."""
+    layers, work = stream(tiny_model("qwen3_moe", tmp_path_factory)), batches(tokens((20,)))
+    passage = run_through(layers, work, 2, lambda index, layer: [layer, layer], print, silent)
+    passage.hidden[1] = [hidden + 1 for hidden in passage.hidden[1]]
+    apart = [next(passage.logits(track))[2] for track in (0, 1)]
+    turns = zip(passage.logits(0), passage.logits(1), strict=True)
+    assert all(torch.equal(found[2], expected) for turn in turns for found, expected in zip(turn, apart, strict=True))
+    assert not torch.equal(*apart)
+    layers.close()
 
 
 def test_every_tensor_is_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -271,8 +271,8 @@ def test_eval(cli: Cli, demo_model: Path, planned: Path, pruned: Path) -> None:
     found = cli("eval", demo_model, "--plan", planned, *args, "--json").document
     base, half = found["results"]
     assert (base["name"], half["name"]) == ("base", str(planned))
-    assert base["overall"]["change"] == 0 < half["overall"]["change"]
-    assert half["overall"]["change"] == pytest.approx(half["overall"]["nll"] - base["overall"]["nll"])
+    assert base["overall"]["change"]["value"] == 0 < half["overall"]["change"]["low"]
+    assert half["overall"]["change"]["value"] == pytest.approx(half["overall"]["nll"] - base["overall"]["nll"])
     assert set(base["domains"]) == {"prose", "documentation", "german", "french", "python", "arithmetic"}
     tokens = sum(domain["tokens"] for domain in half["domains"].values())
     mean = sum(domain["tokens"] * domain["nll"] for domain in half["domains"].values()) / tokens
@@ -281,7 +281,7 @@ def test_eval(cli: Cli, demo_model: Path, planned: Path, pruned: Path) -> None:
     (written,) = cli("eval", pruned, *args, "--json").document["results"]
     assert written["overall"]["nll"] == half["overall"]["nll"]
     text = cli("eval", demo_model, "--plan", planned, *args).out
-    assert f"{half['overall']['nll']:.4f}" in text and f"{half['overall']['change']:+.4f}" in text
+    assert f"{half['overall']['nll']:.4f}" in text and f"{half['overall']['change']['value']:+.4f}" in text
 
 
 def test_tables_are_not_cut_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
