@@ -7,13 +7,13 @@ because an observer's findings are committed only after the layer has run.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Protocol
 
 import torch
 from torch import nn
 
 from expertcut.calibrate.batches import Batch
 from expertcut.calibrate.executor import LayerStream, Prepared
-from expertcut.calibrate.observer import Observer
 from expertcut.calibrate.transfer import fetch, park, settle
 from expertcut.errors import ExpertcutError
 
@@ -22,6 +22,19 @@ Advance = Callable[[int, int], None]
 """Called with (layers done, layers in all)."""
 Tracks = Callable[[int, nn.Module], Iterable[nn.Module]]
 """(layer number, the base's layer) → one layer per track."""
+
+
+class Watcher(Protocol):
+    """Notes what a layer does with a micro-batch, and counts it once the layer has run to its end."""
+
+    domain_T: torch.Tensor | None
+    """Domain of each token of the coming micro-batch, -1 for padding."""
+
+    def commit(self) -> None:
+        """Count what was noted."""
+
+    def discard(self) -> None:
+        """Forget it: the layer failed."""
 
 
 class Passage:
@@ -44,7 +57,7 @@ class Passage:
         self.carried.append(list(self.carried[track]))
         return len(self.hidden) - 1
 
-    def step(self, index: int, layer: nn.Module, track: int = 0, observer: Observer | None = None) -> None:
+    def step(self, index: int, layer: nn.Module, track: int = 0, observer: Watcher | None = None) -> None:
         """Take every micro-batch of a track through one layer."""
         at = 0
         while at < len(self.prepared):
@@ -57,7 +70,7 @@ class Passage:
             for where in self.stream.chunks(prepared.batch):
                 yield prepared.batch, where, self.stream.logits(prepared.batch, hidden, where)
 
-    def _run(self, index: int, layer: nn.Module, track: int, at: int, observer: Observer | None) -> None:
+    def _run(self, index: int, layer: nn.Module, track: int, at: int, observer: Watcher | None) -> None:
         prepared = self.prepared[at]
         if observer is not None:
             observer.domain_T = prepared.batch.domain.flatten().to(self.stream.device)
@@ -70,7 +83,7 @@ class Passage:
         self.hidden[track][at] = park(out)
         self.carried[track][at] = None if carried is None else park(carried)
 
-    def _guarded(self, index: int, layer: nn.Module, track: int, at: int, observer: Observer | None) -> bool:
+    def _guarded(self, index: int, layer: nn.Module, track: int, at: int, observer: Watcher | None) -> bool:
         """Run; False if memory ran out and the micro-batch was halved instead."""
         try:
             self._run(index, layer, track, at, observer)
