@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Listed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,16 @@ class CalibrationSet:
         for sequence in self.sequences:
             counts[sequence.domain] += len(sequence.ids)
         return counts
+
+    def parted(self, every: int) -> tuple[CalibrationSet, CalibrationSet]:
+        """Return the set without every so manieth sequence of each domain, and those."""
+        place: Counter[str] = Counter()
+        parts: tuple[list[Sequence], list[Sequence]] = ([], [])
+        for sequence in self.sequences:
+            place[sequence.domain] += 1
+            parts[place[sequence.domain] % every == 0].append(sequence)
+        rest, chosen = (replace(self, sequences=tuple(p), fingerprint=_fingerprint(p)) for p in parts)
+        return rest, chosen
 
 
 @dataclass(frozen=True)

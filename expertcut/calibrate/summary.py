@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from expertcut.calibrate.profile import LayerStats
 
 
@@ -25,6 +27,8 @@ class LayerSummary:
     """For every top-k = 1 … K-1: Σ‖y_k − y‖² / Σ‖y‖², fraction."""
     lost_mass: tuple[float, ...]
     """For every top-k = 1 … K-1: mean share of the gate weight that is lost, fraction."""
+    gain: tuple[float, ...]
+    """For every top-k = 1 … K-1: the factor that brings y_k nearest to y, Σ⟨y_k, y⟩ / Σ‖y_k‖²; 0 without tokens."""
 
 
 def summarise_layer(stats: LayerStats) -> LayerSummary:
@@ -40,4 +44,5 @@ def summarise_layer(stats: LayerStats) -> LayerSummary:
         entropy=stats.entropy / tokens,
         relative_error=tuple((stats.topk_error[:-1] / (stats.out_sq or 1.0)).tolist()),
         lost_mass=tuple((stats.lost_mass[:-1] / tokens).tolist()),
+        gain=tuple((stats.topk_cross[:-1] / np.where(stats.topk_sq[:-1], stats.topk_sq[:-1], 1.0)).tolist()),
     )

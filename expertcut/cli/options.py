@@ -11,7 +11,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-BUDGET, CHOICE, RUN = "Budget: exactly one of", "Choice", "Forward pass"
+BUDGET, CHOICE, RUN, MEASURED = "Budget: exactly one of", "Choice", "Forward pass", "Measured while it is made"
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A checkpoint: a directory, or ORG/NAME on the Hub.", show_default=False)
@@ -91,9 +91,13 @@ class Choice:
         ),
     ] = None
     top_k: Annotated[
-        int | None,
+        str | None,
         typer.Option(
-            "--top-k", metavar="K", help="Experts activated per token. Default: unchanged.", rich_help_panel=CHOICE
+            "--top-k",
+            metavar="K",
+            rich_help_panel=CHOICE,
+            show_default=False,
+            help="Experts activated per token, or auto: the fewest that keep --max-loss. Default: unchanged.",
         ),
     ] = None
     top_k_schedule: Annotated[
@@ -177,7 +181,60 @@ class Choice:
     seed: Seed = 0  # fmt: skip
 
 
-AS_IT_COMES, POOLED, NO_CHOICE = Forward(), Recorded(), Choice()
+@dataclass(frozen=True)
+class Measured:
+    """The options by which a plan is measured while it is made, and the text for it, as typed."""
+
+    max_loss: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--max-loss",
+            metavar="LIMIT",
+            rich_help_panel=MEASURED,
+            show_default=False,
+            help="For --top-k auto: nll<=1%, ppl<=5%, kl<=0.05, agreement>=0.9, acceptance>=0.9; with @DOMAIN in one "
+            "domain, with @each in every one. Repeatable.",
+        ),
+    ] = None
+    gain: Annotated[
+        bool,
+        typer.Option(
+            "--gain",
+            rich_help_panel=MEASURED,
+            help="Fit a factor on the routed experts' output that makes up for what is left out; kept if it helps.",
+        ),
+    ] = False
+    calibration: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--calibration",
+            metavar="TEXT",
+            rich_help_panel=MEASURED,
+            show_default=False,
+            help="Text that --gain is fitted on: a recipe or a file. Repeatable.",
+        ),
+    ] = None
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--data",
+            metavar="TEXT",
+            rich_help_panel=MEASURED,
+            show_default=False,
+            help="Held-out text that gains and --max-loss are judged on. Repeatable.",
+        ),
+    ] = None
+    tokens: Annotated[
+        int | None,
+        typer.Option("--tokens", metavar="N", rich_help_panel=MEASURED, help="Tokens of each. Default: all there are."),
+    ] = None
+    seq_len: Annotated[
+        int | None,
+        typer.Option("--seq-len", metavar="N", rich_help_panel=MEASURED, help="Tokens of a sequence. Default: 2048."),
+    ] = None  # fmt: skip
+
+
+AS_IT_COMES, POOLED, NO_CHOICE, UNMEASURED = Forward(), Recorded(), Choice(), Measured()
 
 
 def flat(command: Callable[..., None]) -> Callable[..., None]:

@@ -8,7 +8,18 @@ from typing import Annotated, Any
 import typer
 
 from expertcut.cli.common import output
-from expertcut.cli.options import NO_CHOICE, Choice, Json, Model, Revision, flat
+from expertcut.cli.options import (
+    AS_IT_COMES,
+    NO_CHOICE,
+    UNMEASURED,
+    Choice,
+    Forward,
+    Json,
+    Measured,
+    Model,
+    Revision,
+    flat,
+)
 
 
 @flat
@@ -19,30 +30,39 @@ def plan(
         Path, typer.Option("--out", "-o", metavar="FILE", help="Where the plan goes.", show_default=False)
     ],
     choice: Choice = NO_CHOICE,
+    measured: Measured = UNMEASURED,
+    forward: Forward = AS_IT_COMES,
     revision: Revision = None,
     as_json: Json = False,
 ) -> None:
-    """Choose the experts to keep, and write them down.
+    """Choose the experts to keep and the top-k, and write them down.
 
     Equally many are kept in every layer, and in every group where the router has groups.
 
     Example:
       expertcut plan MODEL --profile DIR --strategy reap --experts 64 -o half.json
+      expertcut plan MODEL --top-k auto --max-loss 'nll<=1%' --data heldout.jsonl -o faster.json
     """
     from expertcut.checkpoint import open_checkpoint
     from expertcut.choose.plan import numbers
+    from expertcut.cli.measured import check_measured, refine
     from expertcut.cli.planning import build_plan, outcome
     from expertcut.cli.tables import facts, records, table
     from expertcut.model import read_geometry
+    from expertcut.rewrite.gain import config_gain
     from expertcut.runtimes.overrides import top_k_overrides
 
     out = output(ctx, as_json)
+    limits = check_measured(choice, measured)
     checkpoint = open_checkpoint(model, revision)
     geometry = read_geometry(checkpoint)
-    made = build_plan(checkpoint, geometry, choice, out.command)
+    first = build_plan(checkpoint, geometry, choice, out.command)
+    refined = refine(out, checkpoint, geometry, first, choice, measured, limits, forward)
+    made = refined.plan
     result = outcome(checkpoint, geometry, made)
     alike = not numbers(made, geometry).uneven
-    overrides = top_k_overrides(geometry, checkpoint.config, made.top_k(geometry)) if alike else []
+    gained = config_gain(checkpoint.config, geometry, made)
+    overrides = top_k_overrides(geometry, checkpoint.config, made.top_k(geometry), gained) if alike else []
     made.save(out_file)
     for hint in result.hints:
         out.note(hint)
@@ -51,7 +71,7 @@ def plan(
     supers = {prefix: ids for prefix, ids in provenance["super_experts"].items() if ids}
     document = {
         "plan": str(out_file), "model": checkpoint.name, "strategy": strategy, "note": note, "super_experts": supers,
-        **result.members, "overrides": records(overrides),
+        **result.members, **refined.members, "overrides": records(overrides),
     }  # fmt: skip
     rows: list[tuple[str, object]] = [("plan", out_file), ("strategy", strategy or "none, every expert stays")]
     rows += [("budget", note)] * bool(note)
@@ -61,6 +81,6 @@ def plan(
         columns = ("to try that top-k first", "on the whole model, add")
         tries = ["", table(columns, [(o.runtime, o.arguments) for o in overrides])]
     out.finish(
-        document, facts(rows + result.rows), "", result.lint, *tries, "",
+        document, facts(rows + result.rows), *refined.parts, "", result.lint, *tries, "",
         f"next: expertcut prune {model} OUT --plan {out_file}",
     )  # fmt: skip

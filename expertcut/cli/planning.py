@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from expertcut.errors import UsageError
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from expertcut.runtimes.lint import Advice
     from expertcut.runtimes.rules import LintSubject
 
+AUTO = "auto"
+"""The top-k that is searched for."""
+
 
 def build_plan(checkpoint: Checkpoint, geometry: Geometry, choice: Choice, command: str) -> Plan:
     """Make the plan that the options ask for; `command` is for its provenance."""
@@ -28,7 +31,7 @@ def build_plan(checkpoint: Checkpoint, geometry: Geometry, choice: Choice, comma
 
     if choice.drop_mtp and not (geometry.mtp_tensors or geometry.mtp_edits(checkpoint.config)):
         raise UsageError(f"--drop-mtp: {checkpoint.name} has no multi-token-prediction layers")
-    top_k = _top_k(choice)
+    top_k = _top_k(replace(choice, top_k=str(geometry.top_k)) if choice.top_k == AUTO else choice)
     served = top_k if isinstance(top_k, int) else geometry.top_k
     subject = _subject(geometry, checkpoint.config, geometry.num_experts, served)
     plan = make_plan(
@@ -48,7 +51,7 @@ def _top_k(choice: Choice) -> TopK | None:
     from expertcut.choose.topk import MeanTopK, Schedule
 
     given = {
-        "--top-k": choice.top_k,
+        "--top-k": None if choice.top_k is None else _number(choice.top_k),
         "--top-k-schedule": None if choice.top_k_schedule is None else Schedule.parse(choice.top_k_schedule),
         "--mean-top-k": None if choice.mean_top_k is None else MeanTopK(choice.mean_top_k),
     }
@@ -56,6 +59,12 @@ def _top_k(choice: Choice) -> TopK | None:
     if len(found) > 1:
         raise UsageError(f"found {' and '.join(found)}, expected at most one of them")
     return next(iter(found.values()), None)
+
+
+def _number(text: str) -> int:
+    if not (text.isascii() and text.isdecimal()):
+        raise UsageError(f"--top-k {text}: expected a whole number of 1 or more, or {AUTO}")
+    return int(text)
 
 
 @dataclass(frozen=True)
@@ -99,9 +108,35 @@ def outcome(checkpoint: Checkpoint, geometry: Geometry, plan: Plan) -> Outcome:
     rows: list[tuple[str, object]] = [
         ("experts per layer", _change(geometry.num_experts, found.experts)),
         ("top-k", _change(geometry.top_k, found.top_k)),
+        *gain_rows(checkpoint, geometry, plan),
         ("weights", f"{size(before)} → {size(after)}, {after / (before or 1):.1%}"),
     ]
     return Outcome(members, rows, lint_table(findings), [_hint(plan.experts, found) for found in advice])
+
+
+def gain_rows(checkpoint: Checkpoint, geometry: Geometry, plan: Plan) -> list[tuple[str, object]]:
+    """Say how a plan's gains reach the checkpoint, if it has any.
+
+    Raises:
+        PlanError: they cannot.
+    """
+    from expertcut.choose.plan import gains
+    from expertcut.rewrite.config import describe
+    from expertcut.rewrite.gain import ROUNDING, config_gain, folded
+
+    found = sorted({*gains(plan, geometry).values()})
+    if found == [1.0]:
+        return []
+    edits, factors = config_gain(checkpoint.config, geometry, plan), folded(checkpoint, geometry, plan)
+    value = " to ".join(f"{gain:g}" for gain in found[:1] + found[1:][-1:])
+    if edits:
+        return [("gain", f"{value}, by the config alone: {', '.join(map(describe, edits))}")]
+    dtypes = sorted({checkpoint.tensors[name].dtype for name in factors})
+    share = max(ROUNDING[dtype] for dtype in dtypes)
+    how = (
+        f"folded into {len(factors):,} {' and '.join(dtypes)} tensors, each value rounded by {share:.1g} at most"
+    )
+    return [("gain", f"{value}, {how}")]
 
 
 def _hint(experts: int, found: Advice) -> str:
@@ -112,8 +147,6 @@ def _hint(experts: int, found: Advice) -> str:
 def _subject(
     geometry: Geometry, config: Mapping[str, Any], experts: int, top_k: int, uneven: bool = False
 ) -> LintSubject:
-    from dataclasses import replace
-
     from expertcut.runtimes.lint import lint_subject
 
     return replace(lint_subject(geometry, config), experts=experts, top_k=top_k, uneven=uneven)

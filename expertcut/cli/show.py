@@ -80,13 +80,14 @@ def _layers(domain: str, summaries: list[LayerSummary]) -> list[RenderableType]:
     load = [(s.layer, f"{s.tokens:,}", s.dead, f"{s.busiest:.1f}x", f"{s.entropy:.2f}") for s in summaries]
     columns = (">layer", *(f">k={k}" for k in smaller))
 
-    def shares(what: str) -> list[list[object]]:
-        return [[s.layer, *(f"{getattr(s, what)[k - 1]:.1%}" for k in smaller)] for s in summaries]
+    def each(what: str, form: str = ".1%") -> list[list[object]]:
+        return [[s.layer, *(format(getattr(s, what)[k - 1], form) for k in smaller)] for s in summaries]
 
     return [
         "", heading(f"{domain}: load"), table((">layer", ">tokens", ">dead", ">busiest", ">entropy"), load),
-        "", heading(f"{domain}: output energy lost by a top-k of k"), table(columns, shares("relative_error")),
-        "", heading(f"{domain}: gate weight lost by a top-k of k"), table(columns, shares("lost_mass")),
+        "", heading(f"{domain}: output energy lost by a top-k of k"), table(columns, each("relative_error")),
+        "", heading(f"{domain}: gate weight lost by a top-k of k"), table(columns, each("lost_mass")),
+        "", heading(f"{domain}: gain that a top-k of k wants, layer by layer"), table(columns, each("gain", ".3f")),
     ]  # fmt: skip
 
 

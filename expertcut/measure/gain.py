@@ -44,6 +44,11 @@ class Gained:
     kept: str | None
     """Which: `ONE` for all layers, or `EACH`; None if no gain helps."""
 
+    @property
+    def shown(self) -> str:
+        """The plan's name in what the pass found."""
+        return self.name if self.kept is None else f"{self.name}, {self.kept}"
+
 
 def gain_plans(
     checkpoint: Checkpoint, geometry: Geometry, plans: Mapping[str, Plan], fit_on: CalibrationSet,

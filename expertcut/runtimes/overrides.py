@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from expertcut.model import Geometry
+from expertcut.model import Edit, Geometry
 
 GGUF: Mapping[str, str] = {
     "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe", "qwen3_vl_moe": "qwen3vlmoe", "qwen3_5_moe": "qwen35moe",
@@ -28,13 +28,16 @@ class Override:
     """As typed in a shell."""
 
 
-def top_k_overrides(geometry: Geometry, config: Mapping[str, Any], top_k: int) -> list[Override]:
+def top_k_overrides(
+    geometry: Geometry, config: Mapping[str, Any], top_k: int, gain: Sequence[Edit] = ()
+) -> list[Override]:
     """Return the arguments by which runtimes serve the unchanged checkpoint with another top-k; none if it is the same.
 
-    Routers that know one top-k only, and configs with a list of them, have none.
+    `gain` are the config's values by which the routed experts get a gain with it. Routers that know one top-k only, and
+    configs with a list of them, have none.
     """
-    edits = geometry.config_edits(config, geometry.num_experts, top_k)
-    if not edits or geometry.family.fixed_top_k or any(isinstance(edit.new, list) for edit in edits):
+    edits = [*geometry.config_edits(config, geometry.num_experts, top_k), *gain]
+    if len(edits) == len(gain) or geometry.family.fixed_top_k or any(isinstance(edit.new, list) for edit in edits):
         return []
     document: dict[str, Any] = {}
     for edit in edits:
@@ -49,5 +52,6 @@ def top_k_overrides(geometry: Geometry, config: Mapping[str, Any], top_k: int) -
     ]
     name = GGUF.get(geometry.family.model_type)
     if name:
-        found.append(Override("llama.cpp", f"--override-kv {name}.expert_used_count=int:{top_k}"))
+        scales = [f" --override-kv {name}.expert_weights_scale=float:{edit.new:g}" for edit in gain[:1]]
+        found.append(Override("llama.cpp", f"--override-kv {name}.expert_used_count=int:{top_k}{''.join(scales)}"))
     return found

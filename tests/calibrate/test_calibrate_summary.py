@@ -15,8 +15,9 @@ def stats(tokens: float, count: list[float], topk_error: list[float], out_sq: fl
     return LayerStats(
         prefix="model.layers.5.mlp", layer=5, tokens=tokens, count=np.array(count), gate_sum=zero, gate_sq_sum=zero,
         norm_sum=zero, norm_sq_sum=zero, gated_norm_sum=zero, gated_norm_sq_sum=zero, gated_norm_max=zero, act_max=zero,
-        rank_count=ranks, rank_mass=ranks, topk_error=np.array(topk_error), topk_cross=np.zeros(K),
-        topk_sq=np.zeros(K), lost_mass=np.array([6.0, 0.0]), out_sq=out_sq, entropy=tokens * math.log(4), pairs={},
+        rank_count=ranks, rank_mass=ranks, topk_error=np.array(topk_error), topk_cross=np.array([6.0, 20.0]),
+        topk_sq=np.array([8.0, 20.0]) * (tokens > 0),
+        lost_mass=np.array([6.0, 0.0]), out_sq=out_sq, entropy=tokens * math.log(4), pairs={},
     )  # fmt: skip
 
 
@@ -27,6 +28,7 @@ def test_a_layer_in_numbers() -> None:
     assert found.entropy == pytest.approx(math.log(4))
     assert found.relative_error == (0.25,)
     assert found.lost_mass == (0.6,)
+    assert found.gain == (0.75,)
 
 
 def test_a_domain_without_tokens_is_all_zeros() -> None:

@@ -71,3 +71,74 @@ def test_bad_options_are_refused(options: list[str], what: str, cli: Cli, demo_m
     found = cli("plan", demo_model, *options, "-o", tmp_path / "plan.json")
     assert what in found.err and found.code in (2, 4)
     assert not (tmp_path / "plan.json").exists()
+
+
+@pytest.fixture
+def heldout(tmp_path: Path) -> Path:
+    recipe = tmp_path / "heldout.yaml"
+    parts = "".join(f"  - {{kind: builtin, domain: {d}, part: heldout}}\n" for d in ("prose", "german", "python"))
+    recipe.write_text(f"description: Shipped text, the part to measure on.\nsources:\n{parts}")
+    return recipe
+
+
+def test_the_fewest_that_keep_a_limit_with_a_gain(cli: Cli, demo_model: Path, heldout: Path, tmp_path: Path) -> None:
+    plan, out = tmp_path / "plan.json", tmp_path / "out"
+    text = ["--data", heldout, "--tokens", 2500, "--seq-len", 128]
+    found = cli(
+        "plan", demo_model, "--top-k", "auto", "--max-loss", "nll<=20%", *text, "--gain", "--calibration", "builtin",
+        "-o", plan, "--json",
+    )  # fmt: skip
+    tried = {one["top_k"]: one for one in found.document["tried"]}
+    assert list(tried) == [1, 2, 3]
+    chosen = found.document["top_k"]["after"]
+    assert chosen == min(k for k, one in tried.items() if one["ok"])
+    assert found.document["gain"]["kept"] is not None
+    gains = {entry.gain for entry in Plan.load(plan).layers.values()}
+    assert all(gain is not None and 0.5 < gain < 1 for gain in gains)
+    shown = cli("eval", demo_model, "--plan", plan, *text, "--json").document["results"][1]
+    assert shown["overall"]["change"] == pytest.approx(tried[chosen]["change"]), "eval finds what the search found"
+    assert "folded into 128 BF16 tensors" in cli("prune", demo_model, out, "--plan", plan).out
+    assert cli("verify", out, "--source", demo_model, "--numeric", "--json").document["ok"]
+
+
+def test_averages_are_tried_where_layers_may_differ(
+    cli: Cli, demo_model: Path, profiled: Path, heldout: Path, tmp_path: Path
+) -> None:
+    args = ["--data", heldout, "--tokens", 2000, "--seq-len", 128, "--per-layer", "--profile", profiled]
+    plan = tmp_path / "plan.json"
+    found = cli("plan", demo_model, "--top-k", "auto", "--max-loss", "nll<=4%", *args, "-o", plan).out
+    assert "top-2.5 on average" in found and "chosen" in found
+    assert 1 < sum(k or 4 for k in top_ks(plan)) / 4 < 4
+
+
+def test_a_limit_that_nothing_keeps_writes_no_plan(cli: Cli, demo_model: Path, heldout: Path, tmp_path: Path) -> None:
+    text = ["--data", heldout, "--tokens", 2000, "--seq-len", 128]
+    found = cli("plan", demo_model, "--top-k", "auto", "--max-loss", "kl<=0", *text, "-o", tmp_path / "plan.json")
+    assert found.code == 5 and "top-3: kl is at most" in found.err and "raise --max-loss" in found.err
+    assert not (tmp_path / "plan.json").exists()
+
+
+def test_a_gain_that_does_not_help_is_not_kept(cli: Cli, demo_model: Path, tmp_path: Path) -> None:
+    text = ["--gain", "--calibration", "builtin", "--tokens", 1500, "--seq-len", 64]
+    found = cli("plan", demo_model, "--top-k", 4, *text, "-o", tmp_path / "plan.json")
+    assert "gain: none kept" in found.out and "every 4th sequence" in found.err
+    assert all(entry.gain is None for entry in Plan.load(tmp_path / "plan.json").layers.values())
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        (["--top-k", "auto"], "needs --max-loss and --data"),
+        (["--top-k", "two"], "expected a whole number of 1 or more, or auto"),
+        (["--top-k", "2", "--max-loss", "nll<=1%"], "with --top-k auto only"),
+        (["--top-k", "2", "--gain"], "--gain needs --calibration"),
+        (["--top-k", "2", "--calibration", "builtin"], "with --gain only"),
+        (["--top-k", "2", "--data", "builtin"], "with --gain or --top-k auto only"),
+        (["--top-k", "auto", "--max-loss", "speed<=1", "--data", "builtin"], "unknown metric 'speed'"),
+    ],
+)
+def test_measuring_options_that_do_not_go_together(
+    options: list[str], what: str, cli: Cli, demo_model: Path, tmp_path: Path
+) -> None:
+    found = cli("plan", demo_model, *options, "-o", tmp_path / "plan.json")
+    assert what in found.err and found.code == 2

@@ -1,0 +1,157 @@
+"""What `plan` measures while it makes a plan: the smallest top-k that keeps limits, and gains that make up for it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from expertcut.cli.common import Output
+from expertcut.cli.options import UNMEASURED, Choice, Forward, Measured
+from expertcut.cli.planning import AUTO
+from expertcut.errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from expertcut.calibrate.data import CalibrationSet
+    from expertcut.checkpoint import Checkpoint
+    from expertcut.choose.limits import Limit
+    from expertcut.choose.plan import Plan
+    from expertcut.measure.gain import Gained
+    from expertcut.measure.intervals import Estimate
+    from expertcut.measure.quality import WhatIf
+    from expertcut.measure.topk import Tried
+    from expertcut.model import Geometry
+
+HELD_BACK = 4
+"""Without held-out text, every so manieth sequence of the calibration text is held back to judge gains on."""
+
+
+@dataclass(frozen=True)
+class Refined:
+    """A plan as measuring left it, and what to say about it."""
+
+    plan: Plan
+    members: dict[str, Any] = field(default_factory=dict)
+    """Members of the JSON document."""
+    parts: list[RenderableType] = field(default_factory=list)
+
+
+def check_measured(choice: Choice, measured: Measured) -> list[Limit]:
+    """Check that the options go together, before anything is opened; returns the limits.
+
+    Raises:
+        UsageError: they do not.
+    """
+    from expertcut.choose.limits import parse_limit
+
+    if choice.top_k == AUTO and not (measured.max_loss and measured.data):
+        raise UsageError(
+            f"--top-k {AUTO} needs --max-loss and --data", "for example --max-loss 'nll<=1%' --data heldout.jsonl"
+        )
+    if measured.max_loss and choice.top_k != AUTO:
+        raise UsageError(f"--max-loss has an effect with --top-k {AUTO} only")
+    if measured.gain and not measured.calibration:
+        raise UsageError("--gain needs --calibration", "for example --calibration general, with --data for other text")
+    if measured.calibration and not measured.gain:
+        raise UsageError("--calibration has an effect with --gain only")
+    if choice.top_k != AUTO and not measured.gain and measured != UNMEASURED:
+        raise UsageError(f"--data, --tokens and --seq-len have an effect with --gain or --top-k {AUTO} only")
+    return [parse_limit(text) for text in measured.max_loss or ()]
+
+
+def refine(
+    out: Output, checkpoint: Checkpoint, geometry: Geometry, plan: Plan, choice: Choice, measured: Measured,
+    limits: list[Limit], forward: Forward,
+) -> Refined:  # fmt: skip
+    """Search the top-k and fit the gains that the options ask for; the plan as it is if they ask for neither."""
+    if not limits and not measured.gain:
+        return Refined(plan)
+    from expertcut.calibrate.run import ProfileOptions
+
+    options = ProfileOptions(**vars(forward))
+    fit_on, judge_on = _texts(out, checkpoint, geometry, choice, measured, limits, forward)
+    if not limits:
+        from expertcut.measure.gain import gain_plans
+
+        assert fit_on is not None
+        with out.progress("fitting gains", lambda speed: f"{speed:.2f} layers/s") as advance:
+            gained, found = gain_plans(
+                checkpoint, geometry, {"the plan": plan}, fit_on, judge_on, options, notify=out.note, advance=advance
+            )  # fmt: skip
+        return _refined(gained["the plan"].plan, gained["the plan"], found, {})
+    from expertcut.calibrate.profile import Profile
+    from expertcut.choose import parse_domain_weights
+    from expertcut.measure.topk import first_that_holds, search_top_k
+
+    with out.progress("searching the top-k", lambda speed: f"{speed:.2f} layers/s") as advance:
+        tried, found = search_top_k(
+            checkpoint, geometry, plan, limits, judge_on, options, fit_on=fit_on, notify=out.note, advance=advance,
+            profile=Profile.load(choice.profile) if choice.profile is not None else None,
+            domain_weights=parse_domain_weights(choice.domain_weights) if choice.domain_weights is not None else None,
+        )  # fmt: skip
+    best = first_that_holds(tried)
+    facts = {"top_k": f"--top-k {AUTO} {' '.join(f'--max-loss {limit}' for limit in limits)}"}
+    refined = _refined(best.plan, best.gained, found, facts)
+    records = [
+        {"top_k": one.mean, "name": one.shown, "change": asdict(found.change(one.shown)), "ok": one.ok} for one in tried
+    ]
+    parts = [*_tried_table(tried, found, best), *refined.parts]
+    return Refined(refined.plan, {"tried": records, **refined.members}, parts)
+
+
+def _texts(
+    out: Output, checkpoint: Checkpoint, geometry: Geometry, choice: Choice, measured: Measured, limits: list[Limit],
+    forward: Forward,
+) -> tuple[CalibrationSet | None, CalibrationSet]:  # fmt: skip
+    """The text to fit on, if any, and the one to judge on."""
+    from collections import Counter
+
+    from expertcut.cli.text import read_text
+    from expertcut.measure.gate import check_limits
+
+    def read(sources: list[str]) -> CalibrationSet:
+        return read_text(
+            out, checkpoint, geometry, sources, tokens=measured.tokens, seq_len=measured.seq_len, seed=choice.seed,
+            device=forward.device, dtype=forward.dtype,
+        )[0]  # fmt: skip
+
+    fit_on = read(measured.calibration) if measured.gain and measured.calibration else None
+    if measured.data:
+        judge_on = read(measured.data)
+    else:
+        assert fit_on is not None
+        out.note(f"no --data: every {HELD_BACK}th sequence of the calibration text is held back to judge the gain on")
+        fit_on, judge_on = fit_on.parted(HELD_BACK)
+    check_limits(limits, dict(Counter(sequence.domain for sequence in judge_on.sequences if len(sequence.ids) > 1)))
+    return fit_on, judge_on
+
+
+def _refined(plan: Plan, gained: Gained | None, found: WhatIf, facts: dict[str, Any]) -> Refined:
+    parts: list[RenderableType] = []
+    members: dict[str, Any] = {}
+    if gained is not None:
+        change = found.difference(gained.shown, gained.name)
+        members = {"gain": {"kept": gained.kept, "change": asdict(change)}}
+        facts = facts | members
+        if gained.kept is None:
+            parts = ["", "gain: none kept, held-out text does not show that one helps"]
+        else:
+            parts = ["", f"gain: {gained.kept}, loss {_between(change)} nats per token beside the plan without"]
+    return Refined(plan.model_copy(update={"provenance": plan.provenance | facts}), members, parts)
+
+
+def _tried_table(tried: list[Tried], found: WhatIf, best: Tried) -> list[RenderableType]:
+    from expertcut.cli.tables import table
+
+    rows = []
+    for one in tried:
+        change, missed = found.change(one.shown), next((j for j in one.judgements if not j.ok), None)
+        verdict = "chosen" if one is best else str(missed) if missed else "holds too, activates more"
+        rows.append((f"{one.mean:g}", one.shown, _between(change), verdict))
+    return ["", table((">top-k", "tried", ">change of the loss", "limits"), rows)]
+
+
+def _between(change: Estimate) -> str:
+    """A value and its interval, which there may be none of."""
+    return f"{change.value:+.4f}" + ("" if change.low is None else f" ({change.low:+.4f} to {change.high:+.4f})")
