@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from expertcut.calibrate.overlap import EVERY, Sketch
 from expertcut.errors import DestinationError, ProfileError, UsageError
 from expertcut.model.fingerprint import TOLERANCE, Fingerprint
 
@@ -33,6 +34,8 @@ SUMS_K = ("topk_error", "topk_cross", "topk_sq", "lost_mass")
 PAIRS = ("coact", "coenergy", "gram")
 MOMENTS = ("out_sum", "out_sq_sum_h")
 """Optional (D, E, H): Σf and Σf² elementwise, for mean and variance of an expert's output."""
+TEXT = "text/hashes"
+"""(N,) uint64, ascending: which text the profile was made from, see `calibrate.overlap`. Absent in early profiles."""
 
 
 class DataRecord(BaseModel):
@@ -200,6 +203,11 @@ class Profile:
             text.update(np.ascontiguousarray(self.arrays[f"{prefix}/count"]).tobytes())
         return text.hexdigest()
 
+    @property
+    def sketch(self) -> Sketch | None:
+        """The sketch of the calibration text; None if the profile has none."""
+        return Sketch(self.meta.tokenizer, EVERY, self.arrays[TEXT]) if TEXT in self.arrays else None
+
     def domain_weights(self, weights: Mapping[str, float] | None) -> np.ndarray:
         """Return one factor per domain, (D,); absent domains count 0, None means 1 for all.
 
@@ -288,6 +296,9 @@ def merge(first: Profile, second: Profile) -> Profile:
     pair_domains = a.pair_domains and b.pair_domains
     arrays = {}
     for name in sorted(set(first.arrays) & set(second.arrays)):
+        if name == TEXT:
+            arrays[name] = np.union1d(first.arrays[name], second.arrays[name])
+            continue
         stat = name.rpartition("/")[2]
         pair = stat in PAIRS
         if stat in MOMENTS and not moments:

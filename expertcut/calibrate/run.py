@@ -28,8 +28,9 @@ from expertcut.calibrate.batches import batch_of, make_batches
 from expertcut.calibrate.data import CalibrationSet
 from expertcut.calibrate.executor import LayerStream, find_bias, find_experts, find_router
 from expertcut.calibrate.observer import Observer
+from expertcut.calibrate.overlap import sequence_hashes
 from expertcut.calibrate.passage import Advance, Notify, Passage
-from expertcut.calibrate.profile import BlockRecord, DataRecord, Profile, ProfileMeta
+from expertcut.calibrate.profile import TEXT, BlockRecord, DataRecord, Profile, ProfileMeta
 from expertcut.calibrate.sums import BlockSums
 from expertcut.calibrate.transfer import bound_kernel_caches, resolve_device, settle
 from expertcut.checkpoint.types import Checkpoint
@@ -86,7 +87,8 @@ def profile_model(
         meta = _meta(checkpoint, geometry, data, options, tokenizer, stream.dtype)
         state = _State(out, meta, stream)
         _pass(stream, geometry, data, options, state, notify, advance)
-    profile = Profile(meta, state.arrays)
+    hashes = sequence_hashes(s.ids for s in data.sequences)
+    profile = Profile(meta, state.arrays | {TEXT: hashes})
     profile.save(out)
     state.remove()
     return profile

@@ -207,6 +207,8 @@ def _provenance(
     facts["super_experts"] = _ids(supers)
     facts["domain_weights"] = dict(domain_weights) if domain_weights is not None else None
     facts["profile"] = profile.digest() if profile is not None else None
+    sketch = profile.sketch if profile is not None else None
+    facts["calibration_text"] = str(sketch.thinned()) if sketch is not None else None
     facts["command"] = valid_text(command)
     return facts
 

@@ -42,8 +42,10 @@ def evaluate(
     """
     from expertcut.checkpoint import open_checkpoint
     from expertcut.choose.plan import Plan
-    from expertcut.cli.text import read_text
+    from expertcut.cli.text import read_text, refuse_seen
     from expertcut.model import check_fingerprint, read_geometry
+    from expertcut.rewrite.layout import RECORD
+    from expertcut.rewrite.record import Record
 
     out = output(ctx, as_json)
     chosen = {str(path): Plan.load(path) for path in plans or ()}
@@ -56,10 +58,12 @@ def evaluate(
     from expertcut.cli import whatif
     from expertcut.measure.whatif import evaluate as compare
 
-    text, _ = read_text(
+    text, tokenizer = read_text(
         out, checkpoint, geometry, data, tokens=tokens, seq_len=seq_len, seed=seed, device=forward.device,
         dtype=forward.dtype,
     )  # fmt: skip
+    made_by = {model: Record.load(checkpoint.path).plan} if (checkpoint.path / RECORD).exists() else {}
+    refuse_seen(out, text, tokenizer, made_by | chosen)
     options = ProfileOptions(**vars(forward))
     work = text.tokens * (1 + len(chosen))
     with out.progress("evaluating", lambda speed: f"{speed:,.0f} tokens·layers/s", work) as advance:

@@ -11,7 +11,8 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-BUDGET, CHOICE, RUN, MEASURED = "Budget: exactly one of", "Choice", "Forward pass", "Measured while it is made"
+BUDGET, CHOICE, RUN = "Budget: exactly one of", "Choice", "Forward pass"
+GATE, MEASURED = "Gate", "Measured while it is made"
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A checkpoint: a directory, or ORG/NAME on the Hub.", show_default=False)
@@ -55,6 +56,41 @@ class Forward:
     micro_tokens: Annotated[
         int, typer.Option("--micro-tokens", metavar="N", min=1, help="Tokens run at a time.", rich_help_panel=RUN)
     ] = 2048  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Heldout:
+    """Limits on what a plan may cost, and the text to judge it by, as typed."""
+
+    gate: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--gate",
+            metavar="LIMIT",
+            rich_help_panel=GATE,
+            show_default=False,
+            help="Write only if it holds: nll<=1%, ppl<=5%, kl<=0.05, agreement>=0.9, acceptance>=0.9; with @DOMAIN in "
+            "one domain, with @each in every one. Repeatable.",
+        ),
+    ] = None
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--data",
+            metavar="TEXT",
+            rich_help_panel=GATE,
+            show_default=False,
+            help="Held-out text for --gate: a .txt, .jsonl or .parquet file or a recipe. Repeatable.",
+        ),
+    ] = None
+    tokens: Annotated[
+        int | None,
+        typer.Option("--tokens", metavar="N", rich_help_panel=GATE, help="Tokens in all. Default: all there are."),
+    ] = None
+    seq_len: Annotated[
+        int | None,
+        typer.Option("--seq-len", metavar="N", rich_help_panel=GATE, help="Tokens of a sequence. Default: 2048."),
+    ] = None  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -234,7 +270,8 @@ class Measured:
     ] = None  # fmt: skip
 
 
-AS_IT_COMES, POOLED, NO_CHOICE, UNMEASURED = Forward(), Recorded(), Choice(), Measured()
+AS_IT_COMES, POOLED, NO_CHOICE = Forward(), Recorded(), Choice()
+NO_GATE, UNMEASURED = Heldout(), Measured()
 
 
 def flat(command: Callable[..., None]) -> Callable[..., None]:

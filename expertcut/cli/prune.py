@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from expertcut.cli.common import Output, output
-from expertcut.cli.options import NO_CHOICE, Choice, Json, Model, Revision, flat
+from expertcut.cli.options import AS_IT_COMES, NO_CHOICE, NO_GATE, Choice, Forward, Heldout, Json, Model, Revision, flat
 from expertcut.errors import DestinationError, UsageError
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
     from expertcut.checkpoint import Checkpoint
     from expertcut.choose.plan import Plan
+    from expertcut.measure.gate import Judgement
     from expertcut.model import Geometry
 
 
@@ -33,32 +35,46 @@ def prune(
     max_shard_size: Annotated[str, typer.Option("--max-shard-size", metavar="SIZE", help="Weights per file.")] = "5GB",
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not check structure and bytes after.")] = False,
     choice: Choice = NO_CHOICE,
+    heldout: Heldout = NO_GATE,
+    forward: Forward = AS_IT_COMES,
     revision: Revision = None,
     as_json: Json = False,
 ) -> None:
     """Write the checkpoint that a plan leaves, and check it.
 
-    If it is interrupted, the same command resumes.
+    If it is interrupted, the same command resumes. With --gate nothing is written if a limit fails: exit code 5.
 
     Example:
       expertcut prune MODEL OUT --plan half.json --dry-run
     """
     from expertcut.checkpoint import open_checkpoint
     from expertcut.choose import parse_size
+    from expertcut.cli.gate import hold, parse_gate
     from expertcut.model import read_geometry
+    from expertcut.rewrite.destination import check_replaceable
+    from expertcut.rewrite.writer import prepare
 
     out = output(ctx, as_json)
-    shard_size = parse_size(max_shard_size)
+    shard_size, limits = parse_size(max_shard_size), parse_gate(heldout, forward)
     checkpoint = open_checkpoint(model, revision)
     geometry = read_geometry(checkpoint)
-    made = _plan(out, checkpoint, geometry, plan, choice)
+    made = _plan(out, checkpoint, geometry, plan, choice, gated=bool(limits))
+    judged: list[Judgement] = []
+    if limits:
+        check_replaceable(prepare(checkpoint, geometry, made, out_dir, shard_size).target, force)
+        judged = hold(
+            out, checkpoint, geometry, made, str(plan or "the plan"), limits, heldout, forward,
+            profile=choice.profile, seed=choice.seed,
+        )  # fmt: skip
     if dry_run:
-        _preview(out, checkpoint, geometry, made, out_dir, shard_size, force)
+        _preview(out, checkpoint, geometry, made, out_dir, shard_size, force, judged)
     else:
-        _prune(out, checkpoint, geometry, made, out_dir, shard_size, force, not no_verify)
+        _prune(out, checkpoint, geometry, made, out_dir, shard_size, force, not no_verify, judged)
 
 
-def _plan(out: Output, checkpoint: Checkpoint, geometry: Geometry, path: Path | None, choice: Choice) -> Plan:
+def _plan(
+    out: Output, checkpoint: Checkpoint, geometry: Geometry, path: Path | None, choice: Choice, gated: bool
+) -> Plan:
     from expertcut.choose.plan import Plan
     from expertcut.cli.planning import build_plan, outcome
 
@@ -71,14 +87,16 @@ def _plan(out: Output, checkpoint: Checkpoint, geometry: Geometry, path: Path | 
         for hint in outcome(checkpoint, geometry, made).hints:
             out.note(hint)
         return made
-    if choice != NO_CHOICE:
+    if (replace(choice, profile=None) if gated else choice) != NO_CHOICE:  # a gate may look for what passes
         raise UsageError("found --plan and options that make another plan", "give either")
     return Plan.load(path)
 
 
 def _preview(
-    out: Output, checkpoint: Checkpoint, geometry: Geometry, plan: Plan, out_dir: Path, shard_size: int, force: bool
-) -> None:
+    out: Output, checkpoint: Checkpoint, geometry: Geometry, plan: Plan, out_dir: Path, shard_size: int, force: bool,
+    judged: list[Judgement],
+) -> None:  # fmt: skip
+    from expertcut.cli.gate import gate_record
     from expertcut.cli.planning import outcome
     from expertcut.cli.tables import facts, size, table
     from expertcut.rewrite.config import describe
@@ -96,8 +114,9 @@ def _preview(
     result = outcome(checkpoint, geometry, plan)
     document = {"dry_run": True, "out": str(out_dir), "model": checkpoint.name, "files": files,
                 "bytes_to_write": job.needed, "bytes_in_memory": layout.in_memory, "config": edits,
-                **result.members}  # fmt: skip
+                "gate": gate_record(judged), **result.members}  # fmt: skip
     rows: list[tuple[str, object]] = [
+        *(("gate", judgement) for judgement in judged),
         ("would write", f"{size(job.needed)} in {len(files)} files to {out_dir}"),
         ("through memory", f"{size(layout.in_memory)} of sliced tensors; the kernel copies the rest"),
         ("config.json", ", ".join(map(describe, layout.edits)) or "unchanged"),
@@ -108,11 +127,12 @@ def _preview(
 
 def _prune(
     out: Output, checkpoint: Checkpoint, geometry: Geometry, plan: Plan, out_dir: Path, shard_size: int, force: bool,
-    check: bool,
+    check: bool, judged: list[Judgement],
 ) -> None:  # fmt: skip
     from dataclasses import asdict
 
     from expertcut.choose import format_size
+    from expertcut.cli.gate import gate_record
     from expertcut.cli.planning import outcome
     from expertcut.cli.tables import checks_table, facts, records
     from expertcut.rewrite import Check, require, verify_bytes, verify_structure
@@ -129,11 +149,11 @@ def _prune(
             checks = [*verify_structure(out_dir, checkpoint), *verify_bytes(out_dir, checkpoint)]
         require(checks)
     result = outcome(checkpoint, geometry, plan)
-    document = (
-        asdict(done) | {"out": str(out_dir), "model": checkpoint.name, "checks": records(checks)} | result.members
-    )
+    document = {**asdict(done), "out": str(out_dir), "model": checkpoint.name, "gate": gate_record(judged),
+                "checks": records(checks), **result.members}  # fmt: skip
     rate = f", {format_size(int(done.nbytes_written / done.seconds))}/s" if done.seconds else ""
     rows: list[tuple[str, object]] = [
+        *(("gate", judgement) for judgement in judged),
         ("written", f"{out_dir}{', resumed' if done.resumed else ''}"),
         ("shards", done.shards),
         ("time", f"{done.seconds:.2f} s{rate}, synced to disk"),

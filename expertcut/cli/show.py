@@ -20,6 +20,8 @@ LEGEND = (
     "dead: experts without a token; busiest: its tokens over the mean expert's; "
     "entropy: of the router's distribution, nats per token"
 )
+LONG = 500
+"""Characters of one entry of a plan's provenance that are shown."""
 
 
 def show(
@@ -128,4 +130,5 @@ def _plan_rows(path: Path, plan: Plan) -> list[tuple[str, object]]:
 def _plain(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {_plain(member)}" for name, member in value.items() if member is not None)
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return text if len(text) <= LONG else f"{text[:LONG]}… ({len(text):,} characters)"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from expertcut.cli.common import Output
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from expertcut.calibrate.data import CalibrationSet
     from expertcut.calibrate.tokenizer import Tokenizer
     from expertcut.checkpoint import Checkpoint
+    from expertcut.choose.plan import Plan
     from expertcut.model import Geometry
 
 SEQ_LEN = 2048
@@ -46,3 +47,11 @@ def read_text(
     for warning in data.warnings:
         out.warn(warning)
     return data, tokenizer
+
+
+def refuse_seen(out: Output, text: CalibrationSet, tokenizer: Tokenizer, plans: Mapping[str, Plan]) -> None:
+    """Refuse held-out text that a plan was calibrated on; prints warnings of what is shared in part."""
+    from expertcut.measure.heldout import check_unseen
+
+    for warning in check_unseen(text, tokenizer.fingerprint, plans):
+        out.warn(warning)

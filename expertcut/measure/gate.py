@@ -6,10 +6,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
+from expertcut.calibrate.data import CalibrationSet
+from expertcut.calibrate.passage import Advance, Notify
+from expertcut.calibrate.profile import Profile
+from expertcut.calibrate.run import ProfileOptions
+from expertcut.checkpoint import Checkpoint
+from expertcut.choose.again import with_experts
 from expertcut.choose.limits import EACH, Limit
-from expertcut.errors import DataError, UsageError
+from expertcut.choose.plan import Plan
+from expertcut.errors import DataError, ExpertcutError, UsageError
 from expertcut.measure.intervals import LEAST, Estimate
 from expertcut.measure.quality import Metric, WhatIf, exp
+from expertcut.measure.whatif import evaluate
+from expertcut.model import Geometry
+
+TRIES = 7
+"""Expert counts that are tried to find one that passes."""
 
 
 @dataclass(frozen=True)
@@ -40,13 +52,13 @@ class Judgement:
         return self.bound - self.limit.value if self.limit.upper else self.limit.value - self.bound
 
     def __str__(self) -> str:
-        side, metric = "at most" if self.limit.upper else "at least", self.limit.metric
-        more = " more than the base's" if self.limit.relative else ""
-        where = f" in {self.domain}" if self.domain else ""
-        return f"{metric}{where} is {side} {self._shown(self.bound)}{more}, wanted {self._shown(self.limit.value)}"
+        where = f" in {self.domain}" if self.limit.domain == EACH else ""
+        side, more = "up to" if self.limit.upper else "down to", " over the base" if self.limit.relative else ""
+        missed = "" if self.ok else f", {self._shown(self.excess)} too {'much' if self.limit.upper else 'little'}"
+        return f"{self.limit}{where}: {side} {self._shown(self.bound)}{more}{missed}"
 
     def _shown(self, value: float) -> str:
-        return f"{value:.2%}" if self.limit.relative else f"{value:.4g}"
+        return f"{value:.2%}" if self.limit.relative else f"{value:.4f}"
 
 
 def check_limits(limits: Sequence[Limit], sequences: dict[str, int]) -> None:
@@ -82,6 +94,40 @@ def judge(found: WhatIf, name: str, limits: Sequence[Limit]) -> list[Judgement]:
         for limit in limits
         for domain in _domains(limit, found.domains)
     ]
+
+
+def suggest(
+    checkpoint: Checkpoint, geometry: Geometry, plan: Plan, profile: Profile | None, text: CalibrationSet,
+    limits: Sequence[Limit], options: ProfileOptions, *, notify: Notify, advance: Advance,
+) -> str:  # fmt: skip
+    """Return what may help a plan that fails: the fewest experts that pass, of several counts tried in one more pass.
+
+    They are chosen as the plan's own were; where the plan does not say how, nothing is tried.
+    """
+    counts = _more(plan.experts, geometry)
+    if not counts:
+        return "every expert is kept: activate more, or see what other plans cost with expertcut eval"
+    try:
+        plans = {str(n): with_experts(checkpoint, geometry, plan, n, profile) for n in counts}
+    except ExpertcutError as error:
+        why = f"{error.message}; {error.hint}" if error.hint else error.message
+        return f"keep more experts, or see with expertcut eval what other plans cost (nothing else was tried: {why})"
+    notify(f"trying {', '.join(plans)} of {geometry.num_experts} experts")
+    found = evaluate(checkpoint, geometry, text, plans, options, notify=notify, advance=advance)
+    passed = [n for n in counts if all(judgement.ok for judgement in judge(found, str(n), limits))]
+    tried = f"(tried: {', '.join(plans)})"
+    if not passed:
+        other = "a higher top-k" if plan.top_k(geometry) < geometry.top_k else "another --strategy"
+        return f"even {counts[-1]} of {geometry.num_experts} experts fail: try {other} {tried}"
+    share = passed[0] / geometry.num_experts
+    return f"{passed[0]} of {geometry.num_experts} experts would pass: --experts {passed[0]}, {share:.0%} {tried}"
+
+
+def _more(experts: int, geometry: Geometry) -> list[int]:
+    """At most `TRIES` larger counts at equal distances, all of which the groups can share, short of all experts."""
+    steps = (geometry.num_experts - experts) // geometry.n_group
+    tries = min(TRIES, steps - 1)
+    return [experts + geometry.n_group * round(steps * i / (tries + 1)) for i in range(1, tries + 1)]
 
 
 def _domains(limit: Limit, known: tuple[str, ...]) -> tuple[str | None, ...]:

@@ -1,4 +1,4 @@
-"""From named sources to sequences: budgets, packing, padding, determinism, overlap."""
+"""From named sources to sequences: budgets, packing, padding, determinism."""
 
 import json
 import subprocess
@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from expertcut.calibrate.data import MIN_TAIL, CalibrationSet, load_calibration
-from expertcut.calibrate.overlap import overlap, sequence_hashes
+from expertcut.calibrate.data import MIN_TAIL, load_calibration
+from expertcut.calibrate.overlap import Sketch, sequence_hashes
 from expertcut.calibrate.tokenizer import Tokenizer, load_tokenizer, tokenizer_fingerprint
 from expertcut.errors import CheckpointError, DataError, UsageError
 
@@ -30,10 +30,6 @@ def mixed(tmp_path: Path) -> Path:
     path = tmp_path / "mixed.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
-
-
-def _hashes(data: CalibrationSet) -> np.ndarray:
-    return sequence_hashes(sequence.ids for sequence in data.sequences)
 
 
 def test_same_seed_same_data(tokenizer: Tokenizer, mixed: Path) -> None:
@@ -145,25 +141,9 @@ def test_builtin_text_is_large_enough_and_disjoint(tokenizer: Tokenizer) -> None
     assert calibration.domains == heldout.domains and len(heldout.domains) == 6
     assert heldout.tokens >= 10_000 and calibration.tokens >= heldout.tokens
     assert min(heldout.tokens_by_domain.values()) >= 1500 and min(calibration.tokens_by_domain.values()) >= 1500
-    assert overlap(_hashes(calibration), _hashes(heldout)) == 0
-
-
-def test_overlap_is_found_in_another_packing(tokenizer: Tokenizer, mixed: Path) -> None:
-    builtin = _hashes(load_calibration(["builtin"], tokenizer, tokens=None, seq_len=512, seed=1))
-    part = _hashes(load_calibration(["builtin"], tokenizer, tokens=6000, seq_len=200, seed=1, packed=False))
-    other = _hashes(load_calibration([mixed], tokenizer, tokens=None, seq_len=200))
-    assert len(part) > 50
-    assert overlap(builtin, part) > 0.9
-    assert overlap(builtin, other) == 0
-    assert overlap(builtin, builtin) == 1
-    assert overlap(builtin, sequence_hashes([])) == 0
-
-
-def test_hashes_are_thinned_fairly() -> None:
-    rng = np.random.default_rng(0)
-    for ids in (rng.integers(0, 50_000, 20_000), np.arange(20_000)):
-        assert 900 < len(sequence_hashes([ids])) < 1600  # a sixteenth of 20,000 is 1,250
-    assert len(sequence_hashes([np.arange(31)])) == 0
+    every = Sketch("", 1, sequence_hashes((s.ids for s in calibration.sequences), every=1))
+    shared, count = every.shared(s.ids for s in heldout.sequences)
+    assert shared == 0 and count > 9_000
 
 
 def test_tokenizer_contract(tokenizer: Tokenizer, demo_model: Path, tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def test_every_statistic_of_every_domain(
                 assert_close(observed.arrays[f"{block.prefix}/{stat}"][d], value, f"{block.prefix} {domain} {stat}")
         stored = {n.partition("/")[2] for n in observed.arrays if n.startswith(f"{block.prefix}/")}
         assert stored == set(expected)
-    assert len(observed.arrays) == len(geometry.trunk) * len(stored)
+    assert len(observed.arrays) == len(geometry.trunk) * len(stored) + 1  # and the text's hashes
     named = {*SUMS_E, *MAXIMA_E, *SUMS_K, *PAIRS, *MOMENTS, *EXACT, "rank_mass", "out_sq", "entropy"}
     assert named == stored
 
