@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from expertcut.calibrate.data import CalibrationSet
+    from expertcut.calibrate.tokenizer import Tokenizer
     from expertcut.checkpoint import Checkpoint
     from expertcut.choose.limits import Limit
     from expertcut.choose.plan import Plan
@@ -70,28 +71,30 @@ def refine(
     from expertcut.calibrate.run import ProfileOptions
 
     options = ProfileOptions(**vars(forward))
-    fit_on, judge_on = _texts(out, checkpoint, geometry, choice, measured, limits, forward)
+    texts = _texts(out, checkpoint, geometry, plan, choice, measured, limits, forward)
     if not limits:
         from expertcut.measure.gain import gain_plans
 
-        assert fit_on is not None
+        assert texts.fit_on is not None
         with out.progress("fitting gains", lambda speed: f"{speed:.2f} layers/s") as advance:
             gained, found = gain_plans(
-                checkpoint, geometry, {"the plan": plan}, fit_on, judge_on, options, notify=out.note, advance=advance
+                checkpoint, geometry, {"the plan": plan}, texts.fit_on, texts.judge_on, options, notify=out.note,
+                advance=advance,
             )  # fmt: skip
-        return _refined(gained["the plan"].plan, gained["the plan"], found, {})
+        return _refined(gained["the plan"].plan, gained["the plan"], found, texts.facts)
     from expertcut.calibrate.profile import Profile
     from expertcut.choose import parse_domain_weights
     from expertcut.measure.topk import first_that_holds, search_top_k
 
     with out.progress("searching the top-k", lambda speed: f"{speed:.2f} layers/s") as advance:
         tried, found = search_top_k(
-            checkpoint, geometry, plan, limits, judge_on, options, fit_on=fit_on, notify=out.note, advance=advance,
+            checkpoint, geometry, plan, limits, texts.judge_on, options, fit_on=texts.fit_on, notify=out.note,
+            advance=advance,
             profile=Profile.load(choice.profile) if choice.profile is not None else None,
             domain_weights=parse_domain_weights(choice.domain_weights) if choice.domain_weights is not None else None,
         )  # fmt: skip
     best = first_that_holds(tried)
-    facts = {"top_k": f"--top-k {AUTO} {' '.join(f'--max-loss {limit}' for limit in limits)}"}
+    facts = texts.facts | {"top_k": f"--top-k {AUTO} {' '.join(f'--max-loss {limit}' for limit in limits)}"}
     refined = _refined(best.plan, best.gained, found, facts)
     records = [
         {"top_k": one.mean, "name": one.shown, "change": asdict(found.change(one.shown)), "ok": one.ok} for one in tried
@@ -100,31 +103,49 @@ def refine(
     return Refined(refined.plan, {"tried": records, **refined.members}, parts)
 
 
+@dataclass(frozen=True)
+class _Texts:
+    """What gains are fitted on, and what they and limits are judged on."""
+
+    fit_on: CalibrationSet | None
+    judge_on: CalibrationSet
+    facts: dict[str, Any]
+    """For the plan's provenance: sketches of both, so that later measurements know them."""
+
+
 def _texts(
-    out: Output, checkpoint: Checkpoint, geometry: Geometry, choice: Choice, measured: Measured, limits: list[Limit],
-    forward: Forward,
-) -> tuple[CalibrationSet | None, CalibrationSet]:  # fmt: skip
-    """The text to fit on, if any, and the one to judge on."""
-    from collections import Counter
-
-    from expertcut.cli.text import read_text
+    out: Output, checkpoint: Checkpoint, geometry: Geometry, plan: Plan, choice: Choice, measured: Measured,
+    limits: list[Limit], forward: Forward,
+) -> _Texts:  # fmt: skip
+    from expertcut.calibrate.overlap import check_overlap
+    from expertcut.cli.text import read_text, refuse_seen
     from expertcut.measure.gate import check_limits
+    from expertcut.measure.heldout import sequences, sketch_of
 
-    def read(sources: list[str]) -> CalibrationSet:
+    def read(sources: list[str]) -> tuple[CalibrationSet, Tokenizer]:
         return read_text(
             out, checkpoint, geometry, sources, tokens=measured.tokens, seq_len=measured.seq_len, seed=choice.seed,
             device=forward.device, dtype=forward.dtype,
-        )[0]  # fmt: skip
+        )  # fmt: skip
 
-    fit_on = read(measured.calibration) if measured.gain and measured.calibration else None
+    fit_on, facts = None, {}
+    if measured.gain:
+        fit_on, tokenizer = read(measured.calibration or [])
     if measured.data:
-        judge_on = read(measured.data)
+        judge_on, tokenizer = read(measured.data)
+        refuse_seen(out, judge_on, tokenizer, {"the profile": plan})
     else:
         assert fit_on is not None
         out.note(f"no --data: every {HELD_BACK}th sequence of the calibration text is held back to judge the gain on")
         fit_on, judge_on = fit_on.parted(HELD_BACK)
-    check_limits(limits, dict(Counter(sequence.domain for sequence in judge_on.sequences if len(sequence.ids) > 1)))
-    return fit_on, judge_on
+    check_limits(limits, sequences(judge_on))
+    facts["judged_text"] = str(sketch_of(judge_on, tokenizer.fingerprint).thinned())
+    if fit_on is not None:
+        sketch = sketch_of(fit_on, tokenizer.fingerprint)
+        for warning in check_overlap(judge_on, tokenizer.fingerprint, {"--calibration": sketch}):
+            out.warn(warning)
+        facts["gain_text"] = str(sketch.thinned())
+    return _Texts(fit_on, judge_on, facts)
 
 
 def _refined(plan: Plan, gained: Gained | None, found: WhatIf, facts: dict[str, Any]) -> Refined:
@@ -135,6 +156,7 @@ def _refined(plan: Plan, gained: Gained | None, found: WhatIf, facts: dict[str, 
         members = {"gain": {"kept": gained.kept, "change": asdict(change)}}
         facts = facts | members
         if gained.kept is None:
+            facts.pop("gain_text")
             parts = ["", "gain: none kept, held-out text does not show that one helps"]
         else:
             parts = ["", f"gain: {gained.kept}, loss {_between(change)} nats per token beside the plan without"]

@@ -133,9 +133,7 @@ def gain_rows(checkpoint: Checkpoint, geometry: Geometry, plan: Plan) -> list[tu
         return [("gain", f"{value}, by the config alone: {', '.join(map(describe, edits))}")]
     dtypes = sorted({checkpoint.tensors[name].dtype for name in factors})
     share = max(ROUNDING[dtype] for dtype in dtypes)
-    how = (
-        f"folded into {len(factors):,} {' and '.join(dtypes)} tensors, each value rounded by {share:.1g} at most"
-    )
+    how = f"folded into {len(factors):,} {' and '.join(dtypes)} tensors, each value rounded by {share:.1g} at most"
     return [("gain", f"{value}, {how}")]
 
 

@@ -6,7 +6,9 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from expertcut.calibrate.overlap import Sketch, check_overlap
+from pydantic import JsonValue
+
+from expertcut.calibrate.overlap import EVERY, NOTICED, Sketch, check_overlap, sequence_hashes
 from expertcut.choose.plan import Plan
 from expertcut.errors import PlanError
 
@@ -17,14 +19,28 @@ if TYPE_CHECKING:
 def check_unseen(text: CalibrationSet, tokenizer: str, plans: Mapping[str, Plan]) -> list[str]:
     """Check that no plan was calibrated on a held-out text; `tokenizer` is the fingerprint of the text's tokenizer.
 
-    Returns warnings. Plans that were made without a profile have nothing to check.
+    Returns warnings, also of plans that were chosen by how they do on the text. Plans that were made without a profile
+    have no calibration text.
 
     Raises:
         DataError: the text, or a domain of it, is a plan's calibration text.
         PlanError: a plan's record of its text is damaged.
     """
-    known = {name: _sketch(name, plan) for name, plan in plans.items() if plan.provenance.get("profile") is not None}
-    return check_overlap(text, tokenizer, known)
+    warnings = []
+    for name, plan in plans.items():
+        known, facts = {}, plan.provenance
+        if facts.get("profile") is not None:
+            known[name] = _sketch(name, facts.get("calibration_text"))
+        if facts.get("gain_text") is not None:
+            known[f"{name}'s gain"] = _sketch(name, facts["gain_text"])
+        warnings += check_overlap(text, tokenizer, known)
+        judged = _sketch(name, facts.get("judged_text"))
+        if judged is not None and judged.tokenizer == tokenizer:
+            hits, count = judged.shared(s.ids for s in text.sequences)
+            if hits > NOTICED * count:
+                share = f"{hits / count:.0%} of this text"
+                warnings.append(f"{name}: was chosen by how it does on {share}, which flatters it")
+    return warnings
 
 
 def sequences(text: CalibrationSet) -> dict[str, int]:
@@ -32,11 +48,15 @@ def sequences(text: CalibrationSet) -> dict[str, int]:
     return Counter(s.domain for s in text.sequences if len(s.ids) > 1)
 
 
-def _sketch(name: str, plan: Plan) -> Sketch | None:
-    text = plan.provenance.get("calibration_text")
-    if text is None:
+def sketch_of(text: CalibrationSet, tokenizer: str) -> Sketch:
+    """Return a sketch of a text."""
+    return Sketch(tokenizer, EVERY, sequence_hashes(s.ids for s in text.sequences))
+
+
+def _sketch(name: str, recorded: JsonValue) -> Sketch | None:
+    if recorded is None:
         return None
     try:
-        return Sketch.parse(str(text))
+        return Sketch.parse(str(recorded))
     except ValueError as error:
-        raise PlanError(f"{name}: $.provenance.calibration_text is damaged", "make the plan again") from error
+        raise PlanError(f"{name}: $.provenance: a record of text is damaged", "make the plan again") from error

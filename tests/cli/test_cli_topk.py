@@ -95,8 +95,12 @@ def test_the_fewest_that_keep_a_limit_with_a_gain(cli: Cli, demo_model: Path, he
     assert found.document["gain"]["kept"] is not None
     gains = {entry.gain for entry in Plan.load(plan).layers.values()}
     assert all(gain is not None and 0.5 < gain < 1 for gain in gains)
-    shown = cli("eval", demo_model, "--plan", plan, *text, "--json").document["results"][1]
+    ran = cli("eval", demo_model, "--plan", plan, *text, "--json")
+    assert "was chosen by how it does on 100% of this text" in ran.err
+    shown = ran.document["results"][1]
     assert shown["overall"]["change"] == pytest.approx(tried[chosen]["change"]), "eval finds what the search found"
+    seen = cli("eval", demo_model, "--plan", plan, "--data", "builtin", "--tokens", 2500, "--seq-len", 128)
+    assert seen.code == 4 and "plan.json's gain" in seen.err
     assert "folded into 128 BF16 tensors" in cli("prune", demo_model, out, "--plan", plan).out
     assert cli("verify", out, "--source", demo_model, "--numeric", "--json").document["ok"]
 
