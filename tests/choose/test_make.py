@@ -155,7 +155,7 @@ def test_provenance_says_how_and_not_when(plain: Model) -> None:
         "super_experts": {},
         "domain_weights": {"code": 2.0},
         "profile": made.digest(),
-            "calibration_text": None,
+        "calibration_text": None,
         "command": "a \\udcff b",
     }
 
