@@ -1,4 +1,4 @@
-"""One measured run of `bench_profile`, a process of its own: bench_child.py PART …; its figures go out as JSON."""
+"""One measured run of a benchmark, a process of its own: bench_child.py PART …; its figures go out as JSON."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from expertcut.calibrate.data import CalibrationSet, Sequence
 from expertcut.calibrate.executor import LayerStream
 from expertcut.checkpoint import Checkpoint, open_checkpoint
 from expertcut.choose import make_plan
+from expertcut.measure.whatif import evaluate
 from expertcut.model import Geometry, read_geometry
 from expertcut.rewrite import prune, require, verify_bytes, verify_structure
 
@@ -122,6 +123,21 @@ def whole(model: str, tokens: str, dtype: str, experts: str, out: str) -> dict[s
     return {"profile": profiled - started, "prune": pruned - profiled, "verify": verified - pruned}
 
 
+def whatif(model: str, tokens: str, dtype: str, kind: str) -> dict[str, Any]:
+    """Seconds of comparing eight plans with the base, in one pass or in one each, and their losses."""
+    (checkpoint, geometry), data = opened(model), calibration(tokens)
+    half, options = geometry.num_experts // 2, run.ProfileOptions(device="cpu", dtype=dtype)
+    plans = {f"{i}": make_plan(checkpoint, geometry, strategy="random", experts=half, seed=i) for i in range(8)}
+    passes = [plans] if kind == "together" else [{name: plan} for name, plan in plans.items()]
+    wall, cpu, losses = time.perf_counter(), time.process_time(), []
+    for some in passes:
+        found = evaluate(
+            checkpoint, geometry, data, some, options, notify=print, advance=lambda done, total: None
+        )  # fmt: skip
+        losses += [found.mean("nll", name) for name in some]
+    return {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu, "losses": losses}
+
+
 if __name__ == "__main__":
-    parts = {"compare": compare, "base": base, "profile": profile, "whole": whole}
+    parts = {"compare": compare, "base": base, "profile": profile, "whole": whole, "whatif": whatif}
     print(json.dumps(parts[sys.argv[1]](*sys.argv[2:])))  # type: ignore[operator]
