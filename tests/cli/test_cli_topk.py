@@ -118,7 +118,7 @@ def test_averages_are_tried_where_layers_may_differ(
 def test_a_limit_that_nothing_keeps_writes_no_plan(cli: Cli, demo_model: Path, heldout: Path, tmp_path: Path) -> None:
     text = ["--data", heldout, "--tokens", 2000, "--seq-len", 128]
     found = cli("plan", demo_model, "--top-k", "auto", "--max-loss", "kl<=0", *text, "-o", tmp_path / "plan.json")
-    assert found.code == 5 and "top-3: kl is at most" in found.err and "raise --max-loss" in found.err
+    assert found.code == 5 and "top-3: kl<=0: up to" in found.err and "raise --max-loss" in found.err
     assert not (tmp_path / "plan.json").exists()
 
 
