@@ -1,0 +1,114 @@
+"""The tables of docs/results.md on lower top-k; see the script beside it. Prints Markdown."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from results_common import OPTIONS, SEEDS, Subject, arguments, out, pooled, say, silent, subjects, table
+
+from expertcut.calibrate.data import CalibrationSet
+from expertcut.calibrate.profile import Profile
+from expertcut.choose import Plan, make_plan
+from expertcut.choose.topk import MeanTopK, Schedule, TopK
+from expertcut.measure.gain import fit_gains, with_gains
+from expertcut.measure.intervals import Estimate
+from expertcut.measure.quality import WhatIf
+from expertcut.measure.topk import mean_top_k
+
+SCHEDULES = (
+    ("3/4, 1, 1, last", 3 / 4, 1, 1, -1),
+    ("5/8, 1, 5/8, 2", 5 / 8, 1, 5 / 8, 2),
+    ("1, 2/3, 1/3, last but one", 1, 2 / 3, 1 / 3, -2),
+)
+"""The paper's (6,8,8,61) and (5,8,5,10) of 8 experts in 61 layers and (6,4,2,26) of 6 in 27, as shares of the top-k."""
+
+
+def plan(subject: Subject, top_k: TopK, profile: Profile | None = None) -> Plan:
+    return make_plan(subject.checkpoint, subject.geometry, top_k=top_k, profile=profile, per_layer=True)
+
+
+def gained(subject: Subject, plans: dict[str, Plan], data: CalibrationSet) -> dict[str, Plan]:
+    """The plans with one gain for all layers and with one for each."""
+    fitted = fit_gains(subject.checkpoint, subject.geometry, plans, data, OPTIONS, notify=say, advance=silent)
+    found = {}
+    for name, own in plans.items():
+        mean = round(sum(fitted[name].values()) / len(fitted[name]), 4)
+        found[f"{name} one gain"] = with_gains(own, dict.fromkeys(fitted[name], mean))
+        found[f"{name} gain per layer"] = with_gains(own, fitted[name])
+    return found
+
+
+def schedules(subject: Subject) -> dict[str, Plan]:
+    most, layers = subject.geometry.top_k, subject.geometry.num_layers
+    found = {}
+    for name, b, h, e, p in SCHEDULES:
+        wanted = Schedule(*(max(1, round(share * most)) for share in (b, h, e)), p if p > 0 else layers + p + 1)
+        found[f"schedule {name}"] = plan(subject, wanted)
+    return found
+
+
+def measure(subject: Subject, scratch: Path, tokens: int, heldout_tokens: int) -> tuple[WhatIf, dict[str, Plan]]:
+    heldout = subject.text(subject.heldout, heldout_tokens, 0)
+    most, runs, plans = subject.geometry.top_k, [], {}
+    for seed in SEEDS:
+        data = subject.text(subject.calibration, tokens, seed)
+        profile = subject.profile(data, scratch / f"{subject.folder.name}-{seed}")
+        plans = {f"k={k}": plan(subject, k) for k in range(most - 1, 0, -1)}
+        plans |= {f"k={k} per layer": plan(subject, MeanTopK(k), profile) for k in range(most - 1, 0, -1)}
+        plans |= gained(subject, plans, data)
+        followed = schedules(subject)
+        plans |= followed
+        plans |= {
+            f"budget of {name}": plan(subject, MeanTopK(mean_top_k(own, subject.geometry)), profile)
+            for name, own in followed.items()
+        }
+        runs.append(subject.whatif(heldout, plans))
+        say(f"{subject.folder.name}: seed {seed} of {SEEDS} done, {len(plans)} plans")
+    return pooled(runs), plans
+
+
+def shown(found: Estimate) -> str:
+    assert found.low is not None and found.high is not None
+    return f"{found.value:+.4f} ({found.low:+.4f} to {found.high:+.4f})"
+
+
+def report(subject: Subject, found: WhatIf, plans: dict[str, Plan]) -> None:
+    most = subject.geometry.top_k
+    out(f"\n#### {subject.title}\n", f"Base: {found.mean('nll', 'base'):.3f} nats per token; {found.count():,} held-out "
+        f"tokens in {found.sequences()} sequences.\n")  # fmt: skip
+    rows = []
+    for k in range(most - 1, 0, -1):
+        names = (f"k={k}", f"k={k} one gain", f"k={k} gain per layer", f"k={k} per layer",
+                 f"k={k} per layer gain per layer")  # fmt: skip
+        rows.append([k, shown(found.change(names[0])), *(f"{found.change(n).value:+.4f}" for n in names[1:]),
+                     shown(found.difference(names[1], names[0])), shown(found.difference(names[3], names[0]))])  # fmt: skip
+    columns = [
+        "k",
+        "plain",
+        "one gain",
+        "gain per layer",
+        "k per layer",
+        "both",
+        "one gain − plain",
+        "k per layer − plain",
+    ]
+    out(table(columns, rows))
+    rows = []
+    for name, own in plans.items():
+        if name.startswith("schedule "):
+            budget = f"budget of {name}"
+            rows.append([name.removeprefix("schedule "), f"{mean_top_k(own, subject.geometry):.2f}", shown(found.change(name)),
+                         shown(found.change(budget)), shown(found.difference(budget, name))])  # fmt: skip
+    out("", table(["b, h, e, p", "mean k", "schedule", "`--mean-top-k` of equal mean", "difference"], rows))
+
+
+def main() -> None:
+    given = arguments("What a lower top-k costs.", 16384, 65536).parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        for subject in subjects(given, Path(folder)):
+            report(subject, *measure(subject, Path(folder), given.tokens, given.heldout_tokens))
+
+
+if __name__ == "__main__":
+    main()
