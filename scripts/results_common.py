@@ -68,8 +68,8 @@ class Subject:
         groups = f" in {g.n_group} groups" if g.n_group > 1 else ""
         what = "built-in model, " if self.folder == BUILT_IN else ""
         return (
-            f"{what}{g.family.model_type}, {self.checkpoint.nbytes / 2e6:.1f} M parameters, {len(g.trunk)} MoE layers of "
-            f"{g.num_experts} experts{groups}, top-{g.top_k} (sha256 {digest.hexdigest()[:12]})"
+            f"{what}{g.family.model_type}, {self.checkpoint.nbytes / 2e6:.1f} M parameters, {len(g.trunk)} MoE layers "
+            f"of {g.num_experts} experts{groups}, top-{g.top_k} (sha256 {digest.hexdigest()[:12]})"
         )
 
 

@@ -74,33 +74,26 @@ def shown(found: Estimate) -> str:
 
 
 def report(subject: Subject, found: WhatIf, plans: dict[str, Plan]) -> None:
-    most = subject.geometry.top_k
-    out(f"\n#### {subject.title}\n", f"Base: {found.mean('nll', 'base'):.3f} nats per token; {found.count():,} held-out "
-        f"tokens in {found.sequences()} sequences.\n")  # fmt: skip
-    rows = []
-    for k in range(most - 1, 0, -1):
-        names = (f"k={k}", f"k={k} one gain", f"k={k} gain per layer", f"k={k} per layer",
-                 f"k={k} per layer gain per layer")  # fmt: skip
-        rows.append([k, shown(found.change(names[0])), *(f"{found.change(n).value:+.4f}" for n in names[1:]),
-                     shown(found.difference(names[1], names[0])), shown(found.difference(names[3], names[0]))])  # fmt: skip
-    columns = [
-        "k",
-        "plain",
-        "one gain",
-        "gain per layer",
-        "k per layer",
-        "both",
-        "one gain − plain",
-        "k per layer − plain",
-    ]
-    out(table(columns, rows))
-    rows = []
-    for name, own in plans.items():
-        if name.startswith("schedule "):
-            budget = f"budget of {name}"
-            rows.append([name.removeprefix("schedule "), f"{mean_top_k(own, subject.geometry):.2f}", shown(found.change(name)),
-                         shown(found.change(budget)), shown(found.difference(budget, name))])  # fmt: skip
-    out("", table(["b, h, e, p", "mean k", "schedule", "`--mean-top-k` of equal mean", "difference"], rows))
+    base, count = found.mean("nll", "base"), f"{found.count():,} held-out tokens in {found.sequences()} sequences"
+    out(f"\n#### {subject.title}\n", f"Base: {base:.3f} nats per token; {count}.\n")
+    columns = ["k", "plain", "one gain", "gain per layer", "k per layer", "both", "one gain − plain",
+               "k per layer − plain"]  # fmt: skip
+    out(table(columns, [_by_k(found, k) for k in range(subject.geometry.top_k - 1, 0, -1)]))
+    columns = ["b, h, e, p", "mean k", "schedule", "`--mean-top-k` of equal mean", "difference"]
+    rows = [
+        [name.removeprefix("schedule "), f"{mean_top_k(own, subject.geometry):.2f}", shown(found.change(name)),
+         shown(found.change(f"budget of {name}")), shown(found.difference(f"budget of {name}", name))]
+        for name, own in plans.items() if name.startswith("schedule ")
+    ]  # fmt: skip
+    out("", table(columns, rows))
+
+
+def _by_k(found: WhatIf, k: int) -> list[object]:
+    plain, layers = f"k={k}", f"k={k} per layer"
+    others = (f"{plain} one gain", f"{plain} gain per layer", layers, f"{layers} gain per layer")
+    changes = (f"{found.change(name).value:+.4f}" for name in others)
+    return [k, shown(found.change(plain)), *changes, shown(found.difference(others[0], plain)),
+            shown(found.difference(layers, plain))]  # fmt: skip
 
 
 def main() -> None:

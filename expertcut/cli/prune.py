@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,6 +21,17 @@ if TYPE_CHECKING:
     from expertcut.model import Geometry
 
 
+@dataclass(frozen=True)
+class Writing:
+    """Where and how a checkpoint is written."""
+
+    out_dir: Path
+    shard_size: int | None
+    force: bool
+    link: bool
+    check: bool
+
+
 @flat
 def prune(
     ctx: typer.Context,
@@ -32,7 +43,23 @@ def prune(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and write nothing.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint that expertcut wrote.")] = False,
-    max_shard_size: Annotated[str, typer.Option("--max-shard-size", metavar="SIZE", help="Weights per file.")] = "5GB",
+    link: Annotated[
+        bool,
+        typer.Option(
+            "--link",
+            help="Share the weights' files with the source (hard links), if only the config changes: whoever "
+            "edits one in place edits both.",
+        ),
+    ] = False,
+    max_shard_size: Annotated[
+        str | None,
+        typer.Option(
+            "--max-shard-size",
+            metavar="SIZE",
+            show_default=False,
+            help="Weights per file. Default: the source's files if only the config changes, else 5GB.",
+        ),
+    ] = None,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not check structure and bytes after.")] = False,
     choice: Choice = NO_CHOICE,
     heldout: Heldout = NO_GATE,
@@ -55,34 +82,38 @@ def prune(
     from expertcut.rewrite.writer import prepare
 
     out = output(ctx, as_json)
-    shard_size, limits = parse_size(max_shard_size), parse_gate(heldout, forward)
+    shard_size = parse_size(max_shard_size) if max_shard_size is not None else None
+    writing = Writing(out_dir, shard_size, force, link, check=not no_verify)
+    limits = parse_gate(heldout, forward)
     checkpoint = open_checkpoint(model, revision)
     geometry = read_geometry(checkpoint)
     made = _plan(out, checkpoint, geometry, plan, choice, gated=bool(limits))
     judged: list[Judgement] = []
     if limits:
-        check_replaceable(prepare(checkpoint, geometry, made, out_dir, shard_size).target, force)
+        check_replaceable(prepare(checkpoint, geometry, made, out_dir, shard_size, link).target, force)
         judged = hold(
             out, checkpoint, geometry, made, str(plan or "the plan"), limits, heldout, forward,
             profile=choice.profile, seed=choice.seed,
         )  # fmt: skip
     if dry_run:
-        _preview(out, checkpoint, geometry, made, out_dir, shard_size, force, judged)
+        _preview(out, checkpoint, geometry, made, writing, judged)
     else:
-        _prune(out, checkpoint, geometry, made, out_dir, shard_size, force, not no_verify, judged)
+        _prune(out, checkpoint, geometry, made, writing, judged)
 
 
 def _plan(
     out: Output, checkpoint: Checkpoint, geometry: Geometry, path: Path | None, choice: Choice, gated: bool
 ) -> Plan:
     from expertcut.choose.plan import Plan
-    from expertcut.cli.planning import build_plan, outcome
+    from expertcut.cli.planning import AUTO, build_plan, outcome
 
     if path is None:
         if choice == NO_CHOICE:
             raise UsageError(
                 "found no plan", "pass --plan plan.json, or for example --strategy router-norm --keep 0.75"
             )
+        if choice.top_k == AUTO:
+            raise UsageError(f"--top-k {AUTO} is for `expertcut plan`", "make the plan first, then prune with --plan")
         made = build_plan(checkpoint, geometry, choice, out.command)
         for hint in outcome(checkpoint, geometry, made).hints:
             out.note(hint)
@@ -93,9 +124,8 @@ def _plan(
 
 
 def _preview(
-    out: Output, checkpoint: Checkpoint, geometry: Geometry, plan: Plan, out_dir: Path, shard_size: int, force: bool,
-    judged: list[Judgement],
-) -> None:  # fmt: skip
+    out: Output, checkpoint: Checkpoint, geometry: Geometry, plan: Plan, writing: Writing, judged: list[Judgement]
+) -> None:
     from expertcut.cli.gate import gate_record
     from expertcut.cli.planning import outcome
     from expertcut.cli.tables import facts, size, table
@@ -103,8 +133,8 @@ def _preview(
     from expertcut.rewrite.destination import check_replaceable, check_space
     from expertcut.rewrite.writer import prepare
 
-    job = prepare(checkpoint, geometry, plan, out_dir, shard_size)
-    check_replaceable(job.target, force)
+    job = prepare(checkpoint, geometry, plan, writing.out_dir, writing.shard_size, writing.link)
+    check_replaceable(job.target, writing.force)
     try:
         check_space(job.target, job.needed)
     except DestinationError as error:  # a plan for another machine's disk is worth showing
@@ -112,13 +142,16 @@ def _preview(
     layout, files = job.layout, job.files
     edits = [{"key": ".".join(edit.path), "old": edit.old, "new": edit.new} for edit in layout.edits]
     result = outcome(checkpoint, geometry, plan)
-    document = {"dry_run": True, "out": str(out_dir), "model": checkpoint.name, "files": files,
-                "bytes_to_write": job.needed, "bytes_in_memory": layout.in_memory, "config": edits,
-                "gate": gate_record(judged), **result.members}  # fmt: skip
+    document = {"dry_run": True, "out": str(writing.out_dir), "model": checkpoint.name, "files": files,
+                "whole_shards": layout.whole, "bytes_to_write": job.needed, "bytes_in_memory": layout.in_memory,
+                "config": edits, "gate": gate_record(judged), **result.members}  # fmt: skip
+    taken = "linked to the source's" if writing.link else "the source's, cloned where blocks can be shared"
     rows: list[tuple[str, object]] = [
         *(("gate", judgement) for judgement in judged),
-        ("would write", f"{size(job.needed)} in {len(files)} files to {out_dir}"),
-        ("through memory", f"{size(layout.in_memory)} of sliced tensors; the kernel copies the rest"),
+        ("would write", f"{size(job.needed)} in {len(files)} files to {writing.out_dir}"),
+        ("files of weights", taken)
+        if layout.whole
+        else ("through memory", f"{size(layout.in_memory)} of changed tensors; the kernel copies the rest"),
         ("config.json", ", ".join(map(describe, layout.edits)) or "unchanged"),
     ]
     listing = table(("file", ">bytes"), [(name, f"{nbytes:,}") for name, nbytes in sorted(files.items())])
@@ -126,9 +159,8 @@ def _preview(
 
 
 def _prune(
-    out: Output, checkpoint: Checkpoint, geometry: Geometry, plan: Plan, out_dir: Path, shard_size: int, force: bool,
-    check: bool, judged: list[Judgement],
-) -> None:  # fmt: skip
+    out: Output, checkpoint: Checkpoint, geometry: Geometry, plan: Plan, writing: Writing, judged: list[Judgement]
+) -> None:
     from dataclasses import asdict
 
     from expertcut.choose import format_size
@@ -138,13 +170,14 @@ def _prune(
     from expertcut.rewrite import Check, require, verify_bytes, verify_structure
     from expertcut.rewrite import prune as write
 
-    out.resumable = True
+    out.resumable, out_dir = True, writing.out_dir
     with out.progress("writing", lambda speed: f"{format_size(int(speed))}/s") as advance:
         done = write(
-            checkpoint, geometry, plan, out_dir, max_shard_size=shard_size, force=force, progress=advance
+            checkpoint, geometry, plan, out_dir, max_shard_size=writing.shard_size, force=writing.force,
+            link=writing.link, progress=advance,
         )  # fmt: skip
     out.resumable, checks = False, list[Check]()
-    if check:
+    if writing.check:
         with out.busy("checking structure and bytes"):
             checks = [*verify_structure(out_dir, checkpoint), *verify_bytes(out_dir, checkpoint)]
         require(checks)
@@ -155,8 +188,8 @@ def _prune(
     rows: list[tuple[str, object]] = [
         *(("gate", judgement) for judgement in judged),
         ("written", f"{out_dir}{', resumed' if done.resumed else ''}"),
-        ("shards", done.shards),
-        ("time", f"{done.seconds:.2f} s{rate}, synced to disk"),
+        ("shards", f"{done.shards}, {done.taken} whole" if done.taken else done.shards),
+        ("time", f"{done.seconds:.2f} s{rate if done.nbytes_written else ''}, synced to disk"),
     ]
     parts: list[RenderableType] = [checks_table(checks), ""] if checks else []
     out.finish(document, facts(rows + result.rows), "", *parts, result.lint)

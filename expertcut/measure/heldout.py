@@ -30,11 +30,11 @@ def check_unseen(text: CalibrationSet, tokenizer: str, plans: Mapping[str, Plan]
     for name, plan in plans.items():
         known, facts = {}, plan.provenance
         if facts.get("profile") is not None:
-            known[name] = _sketch(name, facts.get("calibration_text"))
+            known[name] = _sketch(name, facts, "calibration_text")
         if facts.get("gain_text") is not None:
-            known[f"{name}'s gain"] = _sketch(name, facts["gain_text"])
+            known[f"{name}'s gain"] = _sketch(name, facts, "gain_text")
         warnings += check_overlap(text, tokenizer, known)
-        judged = _sketch(name, facts.get("judged_text"))
+        judged = _sketch(name, facts, "judged_text")
         if judged is not None and judged.tokenizer == tokenizer:
             hits, count = judged.shared(s.ids for s in text.sequences)
             if hits > NOTICED * count:
@@ -53,10 +53,11 @@ def sketch_of(text: CalibrationSet, tokenizer: str) -> Sketch:
     return Sketch(tokenizer, EVERY, sequence_hashes(s.ids for s in text.sequences))
 
 
-def _sketch(name: str, recorded: JsonValue) -> Sketch | None:
-    if recorded is None:
+def _sketch(name: str, provenance: Mapping[str, JsonValue], key: str) -> Sketch | None:
+    text = provenance.get(key)
+    if text is None:
         return None
     try:
-        return Sketch.parse(str(recorded))
+        return Sketch.parse(str(text))
     except ValueError as error:
-        raise PlanError(f"{name}: $.provenance: a record of text is damaged", "make the plan again") from error
+        raise PlanError(f"{name}: $.provenance.{key} is damaged", "make the plan again") from error

@@ -143,6 +143,10 @@ def wrong_files(ckpt: Checkpoint, expected: Mapping[str, bytes]) -> Iterator[str
 
 def _equal(survivor: Survivor, found: TensorInfo, old: _Reader, new: _Reader) -> bool:
     source = survivor.source
+    changes = survivor.remap is not None or survivor.factor is not None
+    one_place = (source.start, source.nbytes) == (found.start, found.nbytes)
+    if not changes and one_place and old.identity(source.shard) == new.identity(found.shard):
+        return True  # one file under two names
     if survivor.remap is not None:
         before = table_of_ids(old.read(source.shard, source.start, source.nbytes).tobytes(), source)
         after = table_of_ids(new.read(found.shard, found.start, found.nbytes).tobytes(), found)
@@ -212,6 +216,11 @@ class _Reader(Folder):
     def __init__(self, root: Path) -> None:
         super().__init__(root)
         self._buffer: Bytes = np.empty(BUFFER, np.uint8)
+
+    def identity(self, name: str) -> tuple[int, int]:
+        """What no two files have in common."""
+        status = os.fstat(self.open(name))
+        return status.st_dev, status.st_ino
 
     def buffered(self, name: str, offset: int, nbytes: int) -> Bytes:
         """At most BUFFER bytes, valid until the next call."""

@@ -1,9 +1,10 @@
-"""Linux calls that Python lacks: claim disk space, rename without replacing, exchange two names. All three degrade."""
+"""Linux calls that Python lacks: claim space, clone, rename without replacing, exchange two names. All degrade."""
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
 from functools import cache
 from pathlib import Path
@@ -14,6 +15,7 @@ UNSUPPORTED = frozenset({errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPE
 
 _HERE = -100  # AT_FDCWD
 _NO_REPLACE, _EXCHANGE = 1, 2
+_CLONE = 0x40049409  # FICLONE
 
 
 def reserve(file: int, nbytes: int) -> None:
@@ -23,6 +25,17 @@ def reserve(file: int, nbytes: int) -> None:
         OSError: the disk, a quota or a limit does not allow that size.
     """
     _call("fallocate", file, 0, ctypes.c_int64(0), ctypes.c_int64(nbytes))
+
+
+def clone(source: int, target: int) -> bool:
+    """Let an open file share all blocks of another until one of them changes; False where that is not supported."""
+    try:
+        fcntl.ioctl(target, _CLONE, source)
+    except OSError as error:
+        if error.errno in UNSUPPORTED | {errno.EXDEV, errno.ENOTTY, errno.EBADF, errno.EISDIR, errno.ETXTBSY}:
+            return False
+        raise
+    return True
 
 
 def rename_new(old: Path, new: Path) -> None:

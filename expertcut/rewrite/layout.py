@@ -16,7 +16,15 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from expertcut.checkpoint import DTYPE_BITS, Checkpoint, TensorInfo, build_header, load_json, read_array
+from expertcut.checkpoint import (
+    DTYPE_BITS,
+    Checkpoint,
+    TensorInfo,
+    build_header,
+    load_json,
+    read_array,
+    read_header,
+)
 from expertcut.checkpoint.local import INDEX, SINGLE
 from expertcut.choose.plan import Plan, dropped_tensors, kept_by_block, numbers, validate
 from expertcut.errors import CheckpointError, UsageError
@@ -99,6 +107,8 @@ class OutShard:
     name: str
     header: bytes
     tensors: tuple[OutTensor, ...]
+    whole: str | None = None
+    """The source's shard that is taken over as it is, header included; None: written from its parts."""
 
     @property
     def nbytes(self) -> int:
@@ -149,6 +159,11 @@ class Layout:
         return sum(t.nbytes for shard in self.shards for t in shard.tensors)
 
     @property
+    def whole(self) -> bool:
+        """True if no tensor changes, so that the source's shards are taken over as they are."""
+        return all(shard.whole for shard in self.shards)
+
+    @property
     def in_memory(self) -> int:
         """Bytes of tensors that pass through memory; the kernel copies the others."""
         return sum(t.nbytes for shard in self.shards for t in shard.tensors if t.in_memory)
@@ -161,8 +176,11 @@ class Layout:
         return shards | ({INDEX: len(self.index)} if self.index else {}) | dict(self.companions) | documents
 
 
-def plan_layout(ckpt: Checkpoint, geometry: Geometry, plan: Plan, max_shard_size: int = MAX_SHARD_SIZE) -> Layout:
-    """Lay out the checkpoint that `plan` leaves; `max_shard_size` is bytes of tensor data per file.
+def plan_layout(ckpt: Checkpoint, geometry: Geometry, plan: Plan, max_shard_size: int | None = None) -> Layout:
+    """Lay out the checkpoint that `plan` leaves.
+
+    `max_shard_size` is bytes of tensor data per file; None: the source's shards if the plan changes no tensor, else
+    `MAX_SHARD_SIZE`.
 
     Raises:
         PlanError: the plan cannot be carried out on this geometry.
@@ -170,15 +188,14 @@ def plan_layout(ckpt: Checkpoint, geometry: Geometry, plan: Plan, max_shard_size
             single experts in a way that cannot be rewritten exactly.
         UsageError: `max_shard_size` is not positive.
     """
-    if max_shard_size < 1:
+    if max_shard_size is not None and max_shard_size < 1:
         raise UsageError(f"--max-shard-size {max_shard_size}: expected a positive number of bytes")
     validate(plan, geometry)
     kept, edits = kept_by_block(plan, geometry), config_edits(ckpt, geometry, plan)
     top_k = numbers(plan, geometry).top_k
     factors = folded(ckpt, geometry, plan)
     tensors = out_tensors(ckpt, geometry, kept, top_k, dropped_tensors(plan, geometry), factors)
-    groups = list(pack(tensors, max_shard_size))
-    shards = tuple(_shard(_shard_name(i, len(groups)), group) for i, group in enumerate(groups))
+    shards = _shards(ckpt, list(tensors), max_shard_size)
     documents = rewritten_companions(ckpt, geometry, plan)
     companions = {name: size for name, size in _companions(ckpt).items() if name not in documents}
     return Layout(
@@ -250,6 +267,41 @@ def out_tensors(
             yield _remapped(source, stand_ins(read_array(ckpt, block.router), kept[role.block]), top_k[block.layer])
         else:
             yield OutTensor(name, source, source.shape, source.nbytes)
+
+
+def _shards(ckpt: Checkpoint, tensors: list[OutTensor], max_shard_size: int | None) -> tuple[OutShard, ...]:
+    if max_shard_size is None and (taken := _taken_over(ckpt, tensors)):
+        return taken
+    groups = list(pack(tensors, max_shard_size or MAX_SHARD_SIZE))
+    return tuple(_shard(_shard_name(i, len(groups)), group) for i, group in enumerate(groups))
+
+
+def _taken_over(ckpt: Checkpoint, tensors: Sequence[OutTensor]) -> tuple[OutShard, ...]:
+    """The source's own shards under the usual names, if every tensor stays and every file is as runtimes want it."""
+    by_shard: dict[str, list[OutTensor]] = {name: [] for name in ckpt.shards}
+    for tensor in tensors:
+        if tensor != OutTensor(tensor.source.name, tensor.source, tensor.source.shape, tensor.source.nbytes):
+            return ()
+        by_shard[tensor.source.shard].append(tensor)
+    headers = {name: _raw_header(ckpt.path / name) for name in by_shard}
+    sound = all(
+        read_header(ckpt.path / name)[1].get("format") == "pt"
+        and all(t.source.start % max(1, DTYPE_BITS[t.source.dtype] // 8) == 0 for t in parts)
+        and len(headers[name]) + sum(t.nbytes for t in parts) == ckpt.shards[name]
+        for name, parts in by_shard.items()
+    )
+    if len(tensors) != len(ckpt.tensors) or not sound:
+        return ()
+    return tuple(
+        OutShard(_shard_name(i, len(by_shard)), headers[name], tuple(parts), name)
+        for i, (name, parts) in enumerate(by_shard.items())
+    )
+
+
+def _raw_header(path: Path) -> bytes:
+    with path.open("rb") as file:
+        length = file.read(8)
+        return length + file.read(int.from_bytes(length, "little"))
 
 
 def pack(tensors: Iterable[OutTensor], max_shard_size: int) -> Iterator[list[OutTensor]]:

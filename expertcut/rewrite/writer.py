@@ -19,9 +19,10 @@ import expertcut
 from expertcut.checkpoint import Checkpoint
 from expertcut.checkpoint.local import INDEX
 from expertcut.choose.plan import Plan
+from expertcut.errors import UsageError
 from expertcut.model import Geometry, check_fingerprint
 from expertcut.rewrite.config import config_bytes
-from expertcut.rewrite.copy import Copier, WriteBack, copy_file, write_file, write_shard
+from expertcut.rewrite.copy import Advance, Copier, WriteBack, copy_file, take_shard, write_file, write_shard
 from expertcut.rewrite.destination import (
     check_replaceable,
     check_space,
@@ -33,7 +34,7 @@ from expertcut.rewrite.destination import (
     sync_folder,
 )
 from expertcut.rewrite.journal import Journal, open_journal
-from expertcut.rewrite.layout import MAX_SHARD_SIZE, RECORD, Layout, OutShard, plan_layout, source_status
+from expertcut.rewrite.layout import RECORD, Layout, OutShard, plan_layout, source_status
 from expertcut.rewrite.record import Record, Size
 
 Progress = Callable[[int, int], None]
@@ -55,7 +56,9 @@ class PruneResult:
     resumed: bool
     """True if an unfinished run was found and carried on."""
     nbytes_written: int
-    """Bytes of the shards that this run wrote."""
+    """Bytes of the shards that this run wrote, links and clones not counted."""
+    taken: str | None
+    """How shards were taken over whole: linked, cloned or copied; None where tensors moved or none was left to do."""
     seconds: float
     """Wall time of writing them, sync to disk included."""
 
@@ -66,48 +69,57 @@ def prune(
     plan: Plan,
     out: str | Path,
     *,
-    max_shard_size: int = MAX_SHARD_SIZE,
+    max_shard_size: int | None = None,
     force: bool = False,
+    link: bool = False,
     progress: Progress | None = None,
 ) -> PruneResult:
     """Write the checkpoint that `plan` leaves of `ckpt` to the directory `out`.
 
-    `max_shard_size` is bytes of tensor data per file. `force` replaces a checkpoint that expertcut wrote, in one step.
+    `max_shard_size` is bytes of tensor data per file; None: see `plan_layout`. `force` replaces a checkpoint that
+    expertcut wrote, in one step. `link`: shards become hard links to the source's, where the plan changes no tensor.
 
     Raises:
+        UsageError: `link`, but tensors change.
         PlanError: the plan is for another model, or cannot be carried out.
         CheckpointError: the source cannot be laid out, or changes while it is read.
         DestinationError: `out` exists, is too small, is being written to, or holds an unfinished run of another kind.
     """
-    job = prepare(ckpt, geometry, plan, out, max_shard_size)
+    job = prepare(ckpt, geometry, plan, out, max_shard_size, link)
     identity = {
         "source": _source_identity(ckpt),
         "plan": hashlib.sha256(plan.model_dump_json().encode()).hexdigest(),
-        "shard size": str(max_shard_size),
+        "shard size": "linked" if link else str(max_shard_size),
         "version of expertcut": expertcut.__version__,
     }
     with destination_errors(job.target, job.needed):
-        resumed, written, seconds = job.run(identity, force, progress or (lambda done, total: None))
+        resumed, written, taken, seconds = job.run(identity, force, progress or (lambda done, total: None))
     layout = job.layout
     return PruneResult(
         job.target, ckpt.nbytes, layout.nbytes, geometry.num_experts, layout.experts, geometry.top_k, layout.top_k,
-        len(layout.shards), resumed, written, seconds,
+        len(layout.shards), resumed, written, taken, seconds,
     )  # fmt: skip
 
 
-def prepare(ckpt: Checkpoint, geometry: Geometry, plan: Plan, out: str | Path, max_shard_size: int) -> Job:
+def prepare(
+    ckpt: Checkpoint, geometry: Geometry, plan: Plan, out: str | Path, max_shard_size: int | None, link: bool = False
+) -> Job:
     """Validate and lay out everything; nothing is written.
 
     Raises:
+        UsageError: `link`, but tensors change or shards are to have another size.
         PlanError, CheckpointError: see `prune`.
         DestinationError: `out` is the source, lies in it or holds it.
     """
     check_fingerprint(plan.source.fingerprint, ckpt, geometry)
     layout = plan_layout(ckpt, geometry, plan, max_shard_size)
+    if link and not layout.whole:
+        why = "the shards get another size" if max_shard_size else "the plan changes tensors, or the files need mending"
+        raise UsageError(f"--link: {why}, but only whole files can be linked", "leave out --link")
     target = resolve_destination(ckpt, Path(out))
     before = Size(nbytes=ckpt.nbytes, experts=geometry.num_experts, top_k=geometry.top_k)
     record = Record.of(ckpt, before, layout, plan).to_bytes()
-    return Job(ckpt, layout, config_bytes(layout.config), record, target)
+    return Job(ckpt, layout, config_bytes(layout.config), record, target, link)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +131,7 @@ class Job:
     config: bytes
     record: bytes
     target: Path
+    link: bool
 
     @property
     def files(self) -> dict[str, int]:
@@ -127,8 +140,8 @@ class Job:
 
     @property
     def needed(self) -> int:
-        """Bytes of all files."""
-        return sum(self.files.values())
+        """Bytes of disk that the files take: all of theirs, but for linked shards."""
+        return sum(self.files.values()) - (sum(shard.nbytes for shard in self.layout.shards) if self.link else 0)
 
     @property
     def partial(self) -> Path:
@@ -140,28 +153,28 @@ class Job:
         """The new checkpoint, until it is renamed."""
         return self.partial / "checkpoint"
 
-    def run(self, identity: dict[str, str], force: bool, progress: Progress) -> tuple[bool, int, float]:
-        """Write it; return whether a run was resumed, and the bytes and seconds of writing shards.
+    def run(self, identity: dict[str, str], force: bool, progress: Progress) -> tuple[bool, int, str | None, float]:
+        """Write it; return whether a run was resumed, bytes written, how shards were taken over, and the seconds.
 
         Raises:
             CheckpointError, DestinationError: see `prune`.
             OSError: the destination cannot be written.
         """
         if self.partial.exists() and self._is_published(identity):
-            return True, 0, 0.0
+            return True, 0, None, 0.0
         check_replaceable(self.target, force)
         check_space(self.target, self.needed)
         self.target.parent.mkdir(parents=True, exist_ok=True)
         with open_journal(self.partial) as journal:
             resumed = journal.begin(identity)
             started = time.monotonic()
-            written = self._write_shards(journal, progress)
+            written, taken = self._write_shards(journal, progress)
             seconds = time.monotonic() - started
             self._write_rest()
             journal.ready(self.made.stat().st_ino)
             publish(self.made, self.target, force)
             discard(self.partial)
-        return resumed, written, seconds
+        return resumed, written, taken, seconds
 
     def _is_published(self, identity: dict[str, str]) -> bool:
         """Remove what is left of a run killed after its rename, or before its first record; True if it was this run."""
@@ -176,7 +189,7 @@ class Job:
         path = self.target / RECORD
         return path.is_file() and path.read_bytes() == self.record
 
-    def _write_shards(self, journal: Journal, progress: Progress) -> int:
+    def _write_shards(self, journal: Journal, progress: Progress) -> tuple[int, str | None]:
         self.made.mkdir(exist_ok=True)
         todo = [shard for shard in self.layout.shards if not self._is_done(shard, journal)]
         total = sum(shard.nbytes for shard in self.layout.shards)
@@ -190,6 +203,8 @@ class Job:
             progress(done, total)
 
         copier, pending = Copier(), list[tuple[OutShard, Future[None]]]()
+        if self.layout.whole:
+            return self._take_shards(todo, journal, copier, advance)
         with WriteBack() as back:
             for shard in todo:
                 advance(len(shard.header))
@@ -197,7 +212,18 @@ class Job:
                 pending.append((shard, future))
                 self._settle(pending, journal, keep=1)  # one shard reaches the disk while the next is written
             self._settle(pending, journal, keep=0)
-        return wanted
+        return wanted, None
+
+    def _take_shards(
+        self, todo: list[OutShard], journal: Journal, copier: Copier, advance: Advance
+    ) -> tuple[int, str | None]:
+        """Take over whole shards; the bytes that this wrote, and how."""
+        how = None
+        for shard in todo:
+            how = take_shard(self.ckpt.path, shard, self.made / shard.name, self.link, copier, advance)
+            sync_folder(self.made)
+            journal.finish(shard.name, shard.nbytes)
+        return sum(shard.nbytes for shard in todo) if how == "copied" else 0, how
 
     def _settle(self, pending: list[tuple[OutShard, Future[None]]], journal: Journal, keep: int) -> None:
         while len(pending) > keep:

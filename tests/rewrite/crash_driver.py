@@ -1,8 +1,9 @@
 """Kills a rewrite at every one of its system calls that change the disk, then resumes it. Run as a process of its own.
 
-    python crash_driver.py SOURCE PLAN FOLDER OLD [exchange|rename]
+    python crash_driver.py SOURCE PLAN FOLDER OLD exchange|rename [SIZE|whole|link]
 
-OLD is a checkpoint that is in place before and replaced with force, or `-`. The children are forks that end without any
+OLD is a checkpoint that is in place before and replaced with force, or `-`; SIZE that of the shards, `whole` takes over
+the source's, `link` links to them. The children are forks that end without any
 clean-up at the N-th call, for every N until one survives. Prints as JSON what was seen: for each N the destination
 right after the kill (`absent`, `old`, `new`, `other`), and after the resumption (`new`, and nothing else in FOLDER).
 """
@@ -20,9 +21,12 @@ from typing import Any
 from rewrite_models import digest, opened
 
 from expertcut.choose import Plan
-from expertcut.rewrite import kernel, prune
+from expertcut.rewrite import copy, kernel, prune
 
-CALLS = ("fsync", "fdatasync", "mkdir", "unlink", "rmdir", "pwrite", "write", "rename", "ftruncate", "copy_file_range")
+CALLS = (
+    "fsync", "fdatasync", "mkdir", "unlink", "rmdir", "pwrite", "write", "rename", "ftruncate", "copy_file_range",
+    "link",
+)  # fmt: skip
 
 
 def die_at(number: int) -> None:
@@ -42,6 +46,7 @@ def die_at(number: int) -> None:
     for name in CALLS:
         setattr(os, name, counted(getattr(os, name)))
     kernel._call = counted(kernel._call)
+    setattr(copy, "clone", counted(kernel.clone))  # noqa: B010
 
 
 def in_child(work: Callable[[], object]) -> int:
@@ -61,12 +66,14 @@ def main() -> None:
     plan = Plan.load(sys.argv[2])
     if way == "rename":
         kernel._EXCHANGE = 1 << 30  # a flag that no system knows
+    size = sys.argv[6] if len(sys.argv) > 6 else "1500"
+    shards: dict[str, Any] = {"link": size == "link"} if size in ("whole", "link") else {"max_shard_size": int(size)}
     ckpt, geometry = opened(source)
     before = digest(Path(old)) if old != "-" else None
     out = folder / "out"
 
     def run() -> None:
-        prune(ckpt, geometry, plan, out, max_shard_size=1500, force=before is not None)
+        prune(ckpt, geometry, plan, out, **shards, force=before is not None)
 
     def state() -> str:
         if not out.exists():
@@ -75,7 +82,7 @@ def main() -> None:
         return "new" if found == after else "old" if found == before else "other"
 
     run_once = folder / "once"
-    prune(ckpt, geometry, plan, run_once, max_shard_size=1500)
+    prune(ckpt, geometry, plan, run_once, **shards)
     after = digest(run_once)
     shutil.rmtree(run_once)
     seen = []

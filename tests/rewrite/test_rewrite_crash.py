@@ -14,7 +14,9 @@ from pathlib import Path
 
 import pytest
 from rewrite_models import deepseek, digest, half, large, listing, opened, plan_for
+from tiny_models import write_tiny
 
+from expertcut.choose import make_plan
 from expertcut.errors import DestinationError
 from expertcut.rewrite import prune
 from expertcut.rewrite.journal import open_journal
@@ -74,6 +76,22 @@ def test_killed_at_every_call_and_resumed(old: bool, way: str, memory: Path) -> 
     assert set(states) <= allowed
     assert states == sorted(states, key=["old", "absent", "new"].index)  # once new, always new
     assert states.count("absent") <= 1 or not old
+    assert all(rest == ["new", 0, ["out"]] for _, *rest in seen), run.stderr
+
+
+@pytest.mark.parametrize("how", ["whole", "link"])
+def test_killed_at_every_call_while_files_are_taken_over_whole(how: str, memory: Path) -> None:
+    ckpt, geometry = opened(write_tiny(memory / "in", "deepseek_v3"))
+    make_plan(ckpt, geometry, top_k=1).save(memory / "plan.json")
+    (memory / "work").mkdir()
+    command = [HERE / "crash_driver.py", memory / "in", memory / "plan.json", memory / "work", "-", "exchange", how]
+    path = os.pathsep.join([str(HERE.parent), str(HERE.parents[1])])
+    env = os.environ | {"PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1"}
+    run = subprocess.run([sys.executable, *map(str, command)], env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    seen = json.loads(run.stdout)
+    states = [killed for killed, *_ in seen]
+    assert len(states) > 60 and set(states) == {"absent", "new"} and states == sorted(states)
     assert all(rest == ["new", 0, ["out"]] for _, *rest in seen), run.stderr
 
 
