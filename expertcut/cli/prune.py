@@ -118,7 +118,7 @@ def _plan(
         for hint in outcome(checkpoint, geometry, made).hints:
             out.note(hint)
         return made
-    if (replace(choice, profile=None) if gated else choice) != NO_CHOICE:  # a gate may look for what passes
+    if (replace(choice, profile=None, seed=0) if gated else choice) != NO_CHOICE:  # a gate has uses for these two
         raise UsageError("found --plan and options that make another plan", "give either")
     return Plan.load(path)
 

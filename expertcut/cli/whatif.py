@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from itertools import combinations
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from expertcut.measure.intervals import DRAWS, LEAST, LEVEL, Estimate
@@ -81,7 +82,10 @@ def verdicts(found: WhatIf) -> list[str]:
 
 def verdict(found: WhatIf, name: str) -> str:
     """Whether a plan is worse than the base, by how much, and where most."""
-    said = _said(found.change(name), "worse", "better", found.sequences())
+    change = found.change(name)
+    if not isfinite(change.value):
+        return f"{name}: the loss is not finite: try --dtype float32"
+    said = _said(change, "worse", "better", found.sequences())
     if len(found.domains) == 1:
         return f"{name}: {said}"
     worst = found.worst(name)

@@ -1,1 +1,1 @@
-"""What needs a forward pass after planning: held-out loss of models and plans, numeric verification."""
+"""What needs a forward pass after planning: what-if evaluation, gates, numeric verification."""

@@ -59,6 +59,8 @@ def ratio(sums: Floats, weights: Floats) -> Estimate:
     value = float(sums.sum() / weights.sum())
     if len(sums) < LEAST:
         return Estimate(value, None, None)
+    if not np.isfinite(sums).all():
+        return Estimate(value, np.nan, np.nan)
     drawn = _drawn_sums(np.stack((sums, weights)))
     low, high = np.quantile(drawn[0] / drawn[1], _tails(len(sums)))
     return Estimate(value, float(low), float(high))

@@ -73,7 +73,7 @@ class WhatIf:
 
         Below 0 the first is better; an interval without 0 says that more sequences would hardly change which one is.
         """
-        return self._ratio(self._sums("nll", name) - self._sums("nll", other), self.tokens, domain)
+        return self._ratio(self._apart(name, other), self.tokens, domain)
 
     def change(self, name: str, domain: str | None = None) -> Estimate:
         """Return how much higher the loss is than the base's, nats per token."""
@@ -81,12 +81,15 @@ class WhatIf:
 
     def growth(self, name: str, domain: str | None = None) -> Estimate:
         """Return how much higher the loss is than the base's, as a fraction of the base's."""
-        base = self._sums("nll", BASE)
-        return self._ratio(self._sums("nll", name) - base, base, domain)
+        return self._ratio(self._apart(name, BASE), self._sums("nll", BASE), domain)
 
     def worst(self, name: str) -> str:
         """Return the domain in which the loss rises most."""
         return max(self.domains, key=lambda domain: self.change(name, domain).value)
+
+    def _apart(self, name: str, other: str) -> Floats:
+        with np.errstate(invalid="ignore"):  # both infinite where a head rules out what the text says
+            return self._sums("nll", name) - self._sums("nll", other)
 
     def _sums(self, metric: Metric, name: str) -> Floats:
         sums: Floats = getattr(self, metric)[self.names.index(name)]

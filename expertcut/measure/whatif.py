@@ -111,16 +111,17 @@ def _change(plan: Plan, geometry: Geometry, index: int) -> LayerPlan | None:
 
 def _compare(passage: Passage, sequences: int) -> np.ndarray:
     """Sums of every metric over each sequence, for every track: (4, N, S) float64."""
-    stream, count = passage.stream, len(passage.hidden)
-    sums = torch.zeros(len(METRICS), count, sequences, dtype=torch.float64)
+    stream = passage.stream
+    sums = torch.zeros(len(METRICS), len(passage.hidden), sequences, dtype=torch.float64)
     for at, prepared in enumerate(passage.prepared):
         batch, hidden = prepared.batch, [fetch(track[at], stream.device) for track in passage.hidden]
         for where in stream.chunks(batch):
             row, target, pick = _predicted(batch, where)
-            base = _Base(stream.logits(batch, hidden[0], where)[pick], target)
-            for track in range(count):
-                found = base.itself() if track == 0 else base.against(stream.logits(batch, hidden[track], where)[pick])
-                sums[:, track].index_add_(1, row, found.cpu())
+            logits = (_only(stream.logits(batch, some, where), pick) for some in hidden)
+            base = _Base(next(logits), target)
+            sums[:, 0].index_add_(1, row, base.itself().cpu())
+            for track, candidate in enumerate(logits, 1):
+                sums[:, track].index_add_(1, row, base.against(candidate).cpu())
     return sums.numpy()
 
 
@@ -135,6 +136,11 @@ def _predicted(batch: Batch, where: slice) -> tuple[torch.Tensor, torch.Tensor, 
     pick[:, : valid.shape[1]] = valid
     rows = torch.tensor(batch.rows)[:, None].expand_as(valid)
     return rows[valid], batch.ids[:, after][valid], pick
+
+
+def _only(logits: torch.Tensor, pick: torch.Tensor) -> torch.Tensor:
+    """The logits (T, V) of the positions that are picked, without a copy where all are."""
+    return logits.flatten(0, 1) if bool(pick.all()) else logits[pick]
 
 
 class _Base:

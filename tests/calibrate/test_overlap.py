@@ -91,7 +91,7 @@ def test_text_that_was_calibrated_on_is_refused_by_domain() -> None:
     assert caught.value.message == (
         "100% of the held-out domain old (old.jsonl) is in the calibration text of plan.json, at most 50% may be"
     )
-    parts = {f"part{i}": [seen[500 * i : 500 * i + 120]] for i in range(12)}
+    parts = {f"part{i}": [seen[400 * i : 400 * i + 80]] for i in range(20)}
     with pytest.raises(DataError, match="100% of the held-out text is"):
         check_overlap(heldout(**parts), "t", {"plan.json": sketch_of(seen)})
 

@@ -110,7 +110,7 @@ def test_text_that_a_plan_was_calibrated_on_is_refused(
     for args in (("eval", demo_model, "--plan", planned), ("eval", pruned), gate):
         ran = cli(*args, *seen)
         assert (ran.code, ran.out) == (4, "")
-        assert "of the held-out text is in the calibration text of" in ran.err
+        assert "of the held-out domain prose (builtin) is in the calibration text of" in ran.err
     assert cli("eval", demo_model, *seen).code == 0
     assert cli("eval", demo_model, "--plan", planned, *DATA).err == ""
 

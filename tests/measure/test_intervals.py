@@ -67,6 +67,12 @@ def test_too_few_sequences_have_no_interval() -> None:
     assert Estimate(1.0, None, None).sign == 0
 
 
+def test_what_is_no_number_has_no_ends() -> None:
+    for lost in (np.nan, np.inf):
+        found = ratio(np.array([lost, *range(9)]), np.ones(10))
+        assert np.isnan(ends(found)[1:]).all() and found.sign == 0
+
+
 def test_what_never_varies_has_no_width() -> None:
     assert ratio(np.full(9, 0.5), np.full(9, 2.0)) == Estimate(0.25, 0.25, 0.25)
 
