@@ -97,6 +97,11 @@ def get_criterion(name: str) -> Criterion:
     return CRITERIA[name]
 
 
+def judging() -> tuple[str, ...]:
+    """Return the names of the criteria that look at the model: all but patterns of ids and random draws."""
+    return tuple(c.name for c in CRITERIA.values() if c.needs)
+
+
 def without_profile() -> tuple[str, ...]:
     """Return the names of the criteria that need no profile."""
     return tuple(c.name for c in CRITERIA.values() if not c.needs_profile)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from expertcut.cli.common import Output
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from expertcut.choose.limits import Limit
     from expertcut.choose.plan import Plan
     from expertcut.measure.gain import Gained
-    from expertcut.measure.intervals import Estimate
     from expertcut.measure.quality import WhatIf
     from expertcut.measure.topk import Tried
     from expertcut.model import Geometry
@@ -46,6 +46,14 @@ def check_measured(choice: Choice, measured: Measured) -> list[Limit]:
     """
     from expertcut.choose.limits import parse_limit
 
+    searches = choice.strategy == AUTO or measured.evolve > 0
+    if searches and not measured.data:
+        option = f"--strategy {AUTO}" if choice.strategy == AUTO else "--evolve"
+        raise UsageError(f"{option} needs --data", "--data FILE: text that was not used for calibration")
+    if measured.by != UNMEASURED.by and not searches:
+        raise UsageError(f"--by has an effect with --strategy {AUTO} or --evolve only")
+    if measured.evolve and choice.strategy is None:
+        raise UsageError("--evolve needs --strategy", f"for example --strategy {AUTO}")
     if choice.top_k == AUTO and not (measured.max_loss and measured.data):
         raise UsageError(
             f"--top-k {AUTO} needs --max-loss and --data", "for example --max-loss 'nll<=1%' --data heldout.jsonl"
@@ -56,40 +64,74 @@ def check_measured(choice: Choice, measured: Measured) -> list[Limit]:
         raise UsageError("--gain needs --calibration", "for example --calibration general, with --data for other text")
     if measured.calibration and not measured.gain:
         raise UsageError("--calibration has an effect with --gain only")
-    if choice.top_k != AUTO and not measured.gain and measured != UNMEASURED:
-        raise UsageError(f"--data, --tokens and --seq-len have an effect with --gain or --top-k {AUTO} only")
+    if choice.top_k != AUTO and not measured.gain and not searches and measured != UNMEASURED:
+        raise UsageError(f"--data, --tokens and --seq-len have an effect with --gain, --evolve and {AUTO} only")
     return [parse_limit(text) for text in measured.max_loss or ()]
 
 
 def refine(
-    out: Output, checkpoint: Checkpoint, geometry: Geometry, plan: Plan, choice: Choice, measured: Measured,
-    limits: list[Limit], forward: Forward,
+    out: Output, checkpoint: Checkpoint, geometry: Geometry, candidates: Mapping[str, Plan], choice: Choice,
+    measured: Measured, limits: list[Limit], forward: Forward,
 ) -> Refined:  # fmt: skip
-    """Search the top-k and fit the gains that the options ask for; the plan as it is if they ask for neither."""
-    if not limits and not measured.gain:
+    """Choose among candidates, search the top-k and fit the gains that the options ask for; else the plan as it is."""
+    plan = next(iter(candidates.values()))
+    searches = choice.strategy == AUTO or measured.evolve > 0
+    if not (searches or limits or measured.gain):
         return Refined(plan)
-    from expertcut.calibrate.run import ProfileOptions
-
-    options = ProfileOptions(**vars(forward))
     texts = _texts(out, checkpoint, geometry, plan, choice, measured, limits, forward)
-    if not limits:
-        from expertcut.measure.gain import gain_plans
+    members: dict[str, Any] = {}
+    parts: list[RenderableType] = []
+    if searches:
+        from expertcut.choose import parse_domain_weights
+        from expertcut.cli.searching import search
+        from expertcut.measure.objective import Objective
 
-        assert texts.fit_on is not None
-        with out.progress("fitting gains", lambda speed: f"{speed:.2f} layers/s") as advance:
-            gained, found = gain_plans(
-                checkpoint, geometry, {"the plan": plan}, texts.fit_on, texts.judge_on, options, notify=out.note,
-                advance=advance,
-            )  # fmt: skip
-        return _refined(gained["the plan"].plan, gained["the plan"], found, texts.facts)
+        weights = parse_domain_weights(choice.domain_weights) if choice.domain_weights is not None else None
+        objective = Objective.parse(measured.by, weights)
+        select_on, report_on = texts.judge_on.parted(2)
+        found = search(
+            out, checkpoint, geometry, candidates, choice, measured, objective, select_on, report_on, forward
+        )  # fmt: skip
+        plan, members, parts = _noted(found.plan, texts.facts | found.facts), found.members, found.parts
+        texts = replace(texts, judge_on=select_on)
+    if limits:
+        last = _search_top_k(out, checkpoint, geometry, plan, choice, limits, texts, forward)
+    elif measured.gain:
+        last = _fit_gain(out, checkpoint, geometry, plan, texts, forward)
+    else:
+        last = Refined(plan)
+    return Refined(last.plan, members | last.members, [*parts, *last.parts])
+
+
+def _fit_gain(
+    out: Output, checkpoint: Checkpoint, geometry: Geometry, plan: Plan, texts: _Texts, forward: Forward
+) -> Refined:
+    from expertcut.calibrate.run import ProfileOptions
+    from expertcut.measure.gain import gain_plans
+
+    assert texts.fit_on is not None
+    options = ProfileOptions(**vars(forward))
+    with out.progress("fitting gains", lambda speed: f"{speed:.2f} layers/s") as advance:
+        gained, found = gain_plans(
+            checkpoint, geometry, {"the plan": plan}, texts.fit_on, texts.judge_on, options, notify=out.note,
+            advance=advance,
+        )  # fmt: skip
+    return _refined(gained["the plan"].plan, gained["the plan"], found, texts.facts)
+
+
+def _search_top_k(
+    out: Output, checkpoint: Checkpoint, geometry: Geometry, plan: Plan, choice: Choice, limits: list[Limit],
+    texts: _Texts, forward: Forward,
+) -> Refined:  # fmt: skip
     from expertcut.calibrate.profile import Profile
+    from expertcut.calibrate.run import ProfileOptions
     from expertcut.choose import parse_domain_weights
     from expertcut.measure.topk import first_that_holds, search_top_k
 
     with out.progress("searching the top-k", lambda speed: f"{speed:.2f} layers/s") as advance:
         tried, found = search_top_k(
-            checkpoint, geometry, plan, limits, texts.judge_on, options, fit_on=texts.fit_on, notify=out.note,
-            advance=advance,
+            checkpoint, geometry, plan, limits, texts.judge_on, ProfileOptions(**vars(forward)), fit_on=texts.fit_on,
+            notify=out.note, advance=advance,
             profile=Profile.load(choice.profile) if choice.profile is not None else None,
             domain_weights=parse_domain_weights(choice.domain_weights) if choice.domain_weights is not None else None,
         )  # fmt: skip
@@ -99,8 +141,9 @@ def refine(
     records = [
         {"top_k": one.mean, "name": one.shown, "change": asdict(found.change(one.shown)), "ok": one.ok} for one in tried
     ]
-    parts = [*_tried_table(tried, found, best), *refined.parts]
-    return Refined(refined.plan, {"tried": records, **refined.members}, parts)
+    return Refined(
+        refined.plan, {"tried": records, **refined.members}, [*_tried_table(tried, found, best), *refined.parts]
+    )
 
 
 @dataclass(frozen=True)
@@ -149,6 +192,8 @@ def _texts(
 
 
 def _refined(plan: Plan, gained: Gained | None, found: WhatIf, facts: dict[str, Any]) -> Refined:
+    from expertcut.cli.whatif import between
+
     parts: list[RenderableType] = []
     members: dict[str, Any] = {}
     if gained is not None:
@@ -159,21 +204,21 @@ def _refined(plan: Plan, gained: Gained | None, found: WhatIf, facts: dict[str, 
             facts.pop("gain_text")
             parts = ["", "gain: none kept, held-out text does not show that one helps"]
         else:
-            parts = ["", f"gain: {gained.kept}, loss {_between(change)} nats per token beside the plan without"]
-    return Refined(plan.model_copy(update={"provenance": plan.provenance | facts}), members, parts)
+            parts = ["", f"gain: {gained.kept}, loss {between(change)} nats per token beside the plan without"]
+    return Refined(_noted(plan, facts), members, parts)
+
+
+def _noted(plan: Plan, facts: dict[str, Any]) -> Plan:
+    return plan.model_copy(update={"provenance": plan.provenance | facts})
 
 
 def _tried_table(tried: list[Tried], found: WhatIf, best: Tried) -> list[RenderableType]:
     from expertcut.cli.tables import table
+    from expertcut.cli.whatif import between
 
     rows = []
     for one in tried:
         change, missed = found.change(one.shown), next((j for j in one.judgements if not j.ok), None)
         verdict = "chosen" if one is best else str(missed) if missed else "holds too, activates more"
-        rows.append((f"{one.mean:g}", one.shown, _between(change), verdict))
+        rows.append((f"{one.mean:g}", one.shown, between(change), verdict))
     return ["", table((">top-k", "tried", ">change of the loss", "limits"), rows)]
-
-
-def _between(change: Estimate) -> str:
-    """A value and its interval, which there may be none of."""
-    return f"{change.value:+.4f}" + ("" if change.low is None else f" ({change.low:+.4f} to {change.high:+.4f})")

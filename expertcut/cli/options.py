@@ -116,7 +116,8 @@ class Choice:
             metavar="NAME",
             rich_help_panel=CHOICE,
             show_default=False,
-            help="With a profile: frequency, soft, gate-mean, ean-sum, ean-mean, reap, gated-norm-sum, energy. "
+            help="auto, the best of all on --data. With a profile: "
+            "frequency, soft, gate-mean, ean-sum, ean-mean, reap, gated-norm-sum, energy. "
             "Without: random, odd, even, first, last, router-norm.",
         ),
     ] = None
@@ -232,6 +233,25 @@ class Measured:
             "domain, with @each in every one. Repeatable.",
         ),
     ] = None
+    by: Annotated[
+        str,
+        typer.Option(
+            "--by",
+            metavar="NAME",
+            rich_help_panel=MEASURED,
+            help="For --strategy auto and --evolve, what is made small: nll, kl, or worst (over domains).",
+        ),
+    ] = "nll"
+    evolve: Annotated[
+        int,
+        typer.Option(
+            "--evolve",
+            metavar="N",
+            min=0,
+            rich_help_panel=MEASURED,
+            help="Let the chosen experts evolve over so many generations, judged on --data.",
+        ),
+    ] = 0
     gain: Annotated[
         bool,
         typer.Option(

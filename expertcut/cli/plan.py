@@ -46,7 +46,8 @@ def plan(
     from expertcut.checkpoint import open_checkpoint
     from expertcut.choose.plan import numbers
     from expertcut.cli.measured import check_measured, refine
-    from expertcut.cli.planning import build_plan, outcome
+    from expertcut.cli.planning import outcome
+    from expertcut.cli.searching import build_candidates
     from expertcut.cli.tables import facts, records, table
     from expertcut.model import read_geometry
     from expertcut.rewrite.gain import config_gain
@@ -56,8 +57,8 @@ def plan(
     limits = check_measured(choice, measured)
     checkpoint = open_checkpoint(model, revision)
     geometry = read_geometry(checkpoint)
-    first = build_plan(checkpoint, geometry, choice, out.command)
-    refined = refine(out, checkpoint, geometry, first, choice, measured, limits, forward)
+    candidates = build_candidates(out, checkpoint, geometry, choice)
+    refined = refine(out, checkpoint, geometry, candidates, choice, measured, limits, forward)
     made = refined.plan
     result = outcome(checkpoint, geometry, made)
     alike = not numbers(made, geometry).uneven

@@ -112,8 +112,8 @@ def _plan(
             raise UsageError(
                 "found no plan", "pass --plan plan.json, or for example --strategy router-norm --keep 0.75"
             )
-        if choice.top_k == AUTO:
-            raise UsageError(f"--top-k {AUTO} is for `expertcut plan`", "make the plan first, then prune with --plan")
+        if AUTO in (choice.top_k, choice.strategy):
+            raise UsageError(f"{AUTO} is for `expertcut plan`", "make the plan first, then prune with --plan")
         made = build_plan(checkpoint, geometry, choice, out.command)
         for hint in outcome(checkpoint, geometry, made).hints:
             out.note(hint)

@@ -64,9 +64,13 @@ def _beside_base(found: WhatIf, name: str, domain: str | None) -> tuple[str, ...
     if name == BASE:
         return ("",) * 4
     change = found.change(name, domain)
-    between = "" if change.low is None else f" ({change.low:+.4f} to {change.high:+.4f})"
     kl, agreement, acceptance = (found.mean(m, name, domain) for m in ("kl", "agreement", "acceptance"))
-    return (f"{change.value:+.4f}{between}", f"{kl:.4f}", f"{agreement:.1%}", f"{acceptance:.1%}")
+    return (between(change), f"{kl:.4f}", f"{agreement:.1%}", f"{acceptance:.1%}")
+
+
+def between(change: Estimate) -> str:
+    """A value and its interval, which there may be none of."""
+    return f"{change.value:+.4f}" + ("" if change.low is None else f" ({change.low:+.4f} to {change.high:+.4f})")
 
 
 def verdicts(found: WhatIf) -> list[str]:

@@ -6,8 +6,9 @@ Shapes: N models (the base first), S sequences.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,6 +47,17 @@ class WhatIf:
     acceptance: Floats
     """(N, S) Σ over the vocabulary of min(p_base, p_candidate): tokens that speculative decoding would accept from
     the candidate (arXiv:2211.17192), each after the true text."""
+
+    @classmethod
+    def joined(cls, runs: Sequence[WhatIf]) -> WhatIf:
+        """Return passes over the same text as one; the base is the first one's."""
+        first, *others = runs
+        names = first.names + tuple(name for run in others for name in run.names[1:])
+        sums: dict[str, Any] = {
+            metric: np.concatenate([getattr(first, metric), *(getattr(run, metric)[1:] for run in others)])
+            for metric in get_args(Metric)
+        }
+        return replace(first, names=names, **sums)
 
     def count(self, domain: str | None = None) -> int:
         """Return the predicted tokens."""

@@ -1,0 +1,126 @@
+"""`plan --strategy auto` and `--evolve`: candidates in, the best by held-out text out, and how sure that is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from expertcut.cli.common import Output
+from expertcut.cli.options import Choice, Forward, Measured
+from expertcut.cli.planning import AUTO, build_plan
+from expertcut.errors import ProfileError, UsageError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from expertcut.calibrate.data import CalibrationSet
+    from expertcut.checkpoint import Checkpoint
+    from expertcut.choose.plan import Plan
+    from expertcut.measure.objective import Objective
+    from expertcut.measure.quality import WhatIf
+    from expertcut.measure.search import Scored
+    from expertcut.model import Geometry
+
+CONTROLS = 3
+"""Random plans that are measured beside the chosen one."""
+SHOWN = 12
+"""Candidates in the table."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """The plan that a search ended with, and what to say about it."""
+
+    plan: Plan
+    facts: dict[str, Any]
+    """For the plan's provenance."""
+    members: dict[str, Any]
+    parts: list[RenderableType]
+
+
+def build_candidates(out: Output, checkpoint: Checkpoint, geometry: Geometry, choice: Choice) -> dict[str, Plan]:
+    """Make the plan that the options ask for; for the strategy `auto` one by each criterion that looks at the model."""
+    if choice.strategy != AUTO:
+        return {choice.strategy or "the plan": build_plan(checkpoint, geometry, choice, out.command)}
+    from dataclasses import replace
+
+    from expertcut.choose.criteria import judging
+
+    if choice.profile is None:
+        raise UsageError(f"--strategy {AUTO} needs --profile", "expertcut profile MODEL -o PROFILE")
+    made: dict[str, Plan] = {}
+    for name in judging():
+        try:
+            made[name] = build_plan(checkpoint, geometry, replace(choice, strategy=name), out.command)
+        except ProfileError as error:  # this profile lacks what that criterion needs
+            out.note(f"{name} is left out: {error.message}")
+    return made
+
+
+def search(
+    out: Output, checkpoint: Checkpoint, geometry: Geometry, candidates: Mapping[str, Plan], choice: Choice,
+    measured: Measured, objective: Objective, select_on: CalibrationSet, report_on: CalibrationSet, forward: Forward,
+) -> Found:  # fmt: skip
+    """Choose the best candidate on one text, let it evolve if asked for, and measure it on the other."""
+    from dataclasses import replace
+
+    from expertcut.calibrate.run import ProfileOptions
+    from expertcut.choose.protect import parse_protect
+    from expertcut.measure.search import evolve, judge_with, scored
+
+    options = ProfileOptions(**vars(forward))
+    objective.check(select_on.domains)
+    with out.progress("trying candidates", lambda speed: f"{speed:.2f} layers/s") as advance:
+        select = judge_with(checkpoint, geometry, select_on, options, notify=out.note, advance=advance)
+        ranked, selection = scored(select, candidates, objective)
+        if measured.evolve:
+            ranked = evolve(
+                ranked, select, objective, measured.evolve, geometry, seed=choice.seed,
+                protected=parse_protect(choice.protect or (), geometry),
+                tell=lambda number, best: out.note(f"generation {number}: {best.loss:.4f} by {best.name}"),
+            )  # fmt: skip
+        best, runner_up = ranked[0], next((one for one in ranked[1:] if one.name in candidates), None)
+        controls = {
+            f"random, seed {seed}": build_plan(
+                checkpoint, geometry, replace(choice, strategy="random", seed=seed, protect_super=False), out.command
+            )
+            for seed in range(CONTROLS)
+        }
+        shown = {best.name: best.plan} | ({runner_up.name: runner_up.plan} if runner_up else {}) | controls
+        report = judge_with(checkpoint, geometry, report_on, options, notify=out.note, advance=advance)(shown)
+    facts: dict[str, Any] = {
+        "criterion": best.name if best.name in candidates else f"evolved from {', '.join(candidates)}",
+        "searched": {"by": objective.by, "generations": measured.evolve, "loss": best.loss},
+    }
+    members = {
+        "searched": {
+            "by": objective.by, "chosen": best.name,
+            "candidates": [{"name": one.name, "loss": one.loss} for one in ranked],
+            "report": [{"name": name, **asdict(report.change(name))} for name in shown],
+        }
+    }  # fmt: skip
+    parts = _parts(ranked, best, runner_up, objective, selection, report)
+    return Found(best.plan, facts, members, parts)
+
+
+def _parts(
+    ranked: list[Scored], best: Scored, runner_up: Scored | None, objective: Objective, selection: WhatIf,
+    report: WhatIf,
+) -> list[RenderableType]:  # fmt: skip
+    from expertcut.cli.tables import heading, table
+    from expertcut.cli.whatif import between
+
+    tried = [(one.name, f"{one.loss:+.4f}") for one in ranked[:SHOWN]]
+    seen = [(name, f"{report.mean('kl', name):.4f}", between(report.change(name))) for name in report.names[1:]]
+    sure: list[RenderableType] = []
+    if runner_up is not None:
+        ahead = report.difference(runner_up.name, best.name)
+        verdict = {1: "better", -1: "worse", 0: "neither better nor worse"}[ahead.sign]
+        sure = [f"beside {runner_up.name}, the chosen one is {verdict} on that half: {between(ahead)} nats per token"]
+    return [
+        "", heading(f"chosen on the first half of the held-out text, by {objective.by}"),
+        table(("candidate", ">loss"), tried),
+        "", heading("on the second half, which nothing was chosen by"),
+        table(("plan", ">KL", ">change of the loss"), seen), *sure,
+    ]  # fmt: skip
