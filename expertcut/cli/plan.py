@@ -39,7 +39,7 @@ def plan(
     out = output(ctx, as_json)
     checkpoint = open_checkpoint(model, revision)
     geometry = read_geometry(checkpoint)
-    made = build_plan(checkpoint, geometry, choice, out.command)
+    made = build_plan(checkpoint, geometry, choice, out)
     result = outcome(checkpoint, geometry, made)
     alike = not numbers(made, geometry).uneven
     overrides = top_k_overrides(geometry, checkpoint.config, made.top_k(geometry)) if alike else []

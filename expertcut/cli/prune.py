@@ -67,7 +67,7 @@ def _plan(out: Output, checkpoint: Checkpoint, geometry: Geometry, path: Path | 
             raise UsageError(
                 "found no plan", "pass --plan plan.json, or for example --strategy router-norm --keep 0.75"
             )
-        made = build_plan(checkpoint, geometry, choice, out.command)
+        made = build_plan(checkpoint, geometry, choice, out)
         for hint in outcome(checkpoint, geometry, made).hints:
             out.note(hint)
         return made

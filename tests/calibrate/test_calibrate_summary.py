@@ -16,7 +16,7 @@ def stats(tokens: float, count: list[float], topk_error: list[float], out_sq: fl
         prefix="model.layers.5.mlp", layer=5, tokens=tokens, count=np.array(count), gate_sum=zero, gate_sq_sum=zero,
         norm_sum=zero, norm_sq_sum=zero, gated_norm_sum=zero, gated_norm_sq_sum=zero, gated_norm_max=zero, act_max=zero,
         rank_count=ranks, rank_mass=ranks, topk_error=np.array(topk_error), topk_cross=np.zeros(K),
-        topk_sq=np.zeros(K), lost_mass=np.array([6.0, 0.0]), out_sq=out_sq, entropy=tokens * math.log(4), pairs={},
+        topk_sq=np.zeros(K), lost_mass=np.array([6.0, 0.0]), out_sq=out_sq, entropy=tokens * math.log(4), lazy={},
     )  # fmt: skip
 
 
