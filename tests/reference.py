@@ -157,12 +157,13 @@ class LoopBlock:
         return cast(Array, np.sum([gate * self.expert(x, e)[0] for e, gate in self.route(x, k)], axis=0))
 
     def statistics(self, inputs: Sequence[torch.Tensor]) -> dict[str, Array]:
-        """Everything a profile holds of this block, over the tokens (T, H) of these sequences."""
+        """Everything a profile holds of this block but contributions, over the tokens (T, H) of these sequences."""
         e, k, h = self.experts, self.top_k, self.weight.shape[1]
         shapes: dict[tuple[str, ...], tuple[int, ...]] = {
             ("tokens", "out_sq", "entropy"): (),
             ("count", "gate_sum", "gate_sq_sum", "norm_sum", "norm_sq_sum"): (e,),
             ("gated_norm_sum", "gated_norm_sq_sum", "gated_norm_max", "act_max"): (e,),
+            ("gate_norm_sq_sum", "gate_sq_norm_sum"): (e,),
             ("rank_count", "rank_mass"): (e, k),
             ("coact", "coenergy", "gram"): (e, e),
             ("topk_error", "topk_cross", "topk_sq", "lost_mass"): (k,),
@@ -184,8 +185,8 @@ class LoopBlock:
             norm = float(np.sqrt((f * f).sum()))
             for name, value in (
                 ("count", 1.0), ("gate_sum", g), ("gate_sq_sum", g * g), ("norm_sum", norm), ("norm_sq_sum", norm**2),
-                ("gated_norm_sum", g * norm), ("gated_norm_sq_sum", (g * norm) ** 2), ("out_sum", f),
-                ("out_sq_sum_h", f * f),
+                ("gated_norm_sum", g * norm), ("gated_norm_sq_sum", (g * norm) ** 2), ("gate_norm_sq_sum", g * norm**2),
+                ("gate_sq_norm_sum", g * g * norm), ("out_sum", f), ("out_sq_sum_h", f * f),
             ):  # fmt: skip
                 sums[name][e] += value
             sums["gated_norm_max"][e] = max(sums["gated_norm_max"][e], g * norm)

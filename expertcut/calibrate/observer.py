@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _grouped_linear
 
+from expertcut.calibrate.residual import Stream
 from expertcut.calibrate.sums import BlockSums, Routed
 from expertcut.errors import CheckpointError
 from expertcut.model.families import Scoring
@@ -69,10 +70,12 @@ def observed_experts(
         at = perm[int(counts_E.sum()) :]
         weighted_SH[at] = hidden_states[at // top_k] * gate_S1[len(perm) - len(at) :].to(hidden_states.dtype)
     weighted_TKH = weighted_SH.view(tokens, top_k, -1)
+    sum_TH = weighted_TKH.sum(dim=1).to(hidden_states.dtype)
     if observer is not None and act_S is not None:
         out = None if plain_SH is None else plain_SH.view(tokens, top_k, -1)
-        observer.record(top_k_index, top_k_weights, weighted_TKH, act_S.view(tokens, top_k), out)
-    return weighted_TKH.sum(dim=1).to(hidden_states.dtype)
+        turn = observer.stream.turn(hidden_states, sum_TH) if observer.stream else None
+        observer.record(top_k_index, top_k_weights, weighted_TKH, act_S.view(tokens, top_k), out, turn)
+    return sum_TH
 
 
 def _chunks(counts_E: torch.Tensor, hands_through: bool) -> Iterator[tuple[slice, slice]]:
@@ -109,7 +112,8 @@ class Observer:
     """Watches one MoE block of a running model and keeps what a micro-batch showed until it is committed."""
 
     def __init__(
-        self, scoring: Scoring, sums: BlockSums, router: nn.Module, bias: torch.Tensor | None, experts: nn.Module
+        self, scoring: Scoring, sums: BlockSums, router: nn.Module, bias: torch.Tensor | None, experts: nn.Module,
+        stream: Stream | None,
     ) -> None:  # fmt: skip
         self.scoring, self.sums, self.moments = scoring, sums, sums.moments is not None
         self._bias = bias
@@ -118,7 +122,7 @@ class Observer:
         self._pending: Routed | None = None
         self.domain_T: torch.Tensor | None = None
         """Domain of each token of the coming micro-batch, −1 for padding; set by the caller."""
-        self._experts = experts
+        self._experts, self.stream = experts, stream
         experts.__dict__["_expertcut_observer"] = self
         self._hook = router.register_forward_hook(self._on_router)
 
@@ -138,7 +142,7 @@ class Observer:
 
     def record(
         self, index_TK: torch.Tensor, gate_TK: torch.Tensor, weighted_TKH: torch.Tensor, act_TK: torch.Tensor,
-        out_TKH: torch.Tensor | None,
+        out_TKH: torch.Tensor | None, turn_T: torch.Tensor | None,
     ) -> None:  # fmt: skip
         """Keep one micro-batch's observations; called by the experts implementation."""
         assert self._choice_TE is not None and self._entropy_T is not None and self.domain_T is not None
@@ -152,7 +156,7 @@ class Observer:
             out_TKH = out_TKH.gather(1, order[:, :, None].expand_as(out_TKH))
         routed = Routed(
             index_TK.gather(1, order), gate_TK.gather(1, order).double(), gram.double(), act_TK.gather(1, order),
-            self._entropy_T, self.domain_T, out_TKH,
+            self._entropy_T, self.domain_T, out_TKH, turn_T,
         )  # fmt: skip
         self._pending = routed
 
@@ -172,6 +176,8 @@ class Observer:
     def close(self) -> None:
         """Detach from the model."""
         self._hook.remove()
+        if self.stream is not None:
+            self.stream.close()
         self._experts.__dict__.pop("_expertcut_observer", None)
 
 

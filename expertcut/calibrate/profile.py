@@ -32,10 +32,23 @@ SUMS_E = ("gate_sum", "gate_sq_sum", "norm_sum", "norm_sq_sum", "gated_norm_sum"
 MAXIMA_E = ("gated_norm_max", "act_max")
 SUMS_K = ("topk_error", "topk_cross", "topk_sq", "lost_mass")
 PAIRS = ("coact", "coenergy", "gram")
+MIXED_E = ("gate_norm_sq_sum", "gate_sq_norm_sum")
+"""(D, E), which the first profiles lack: Σ g‖f‖² and Σ g²‖f‖."""
+CONTRIBUTION = "contribution_sum"
+"""(D, E), where the experts' sum is plainly added to the residual stream."""
 MOMENTS = ("out_sum", "out_sq_sum_h")
 """Optional (D, E, H): Σf and Σf² elementwise, for mean and variance of an expert's output."""
 TEXT = "text/hashes"
 """(N,) uint64, ascending: which text the profile was made from, see `calibrate.overlap`. Absent in early profiles."""
+LACKING = {
+    CONTRIBUTION: "it was made before there was one, or the experts' sum is not plainly added to the residual stream",
+    **dict.fromkeys(MIXED_E, "it was made before there was one"),
+    **dict.fromkeys(MOMENTS, "it was made without --moments"),
+}
+"""Why a profile may lack a statistic."""
+_AGAIN = {CONTRIBUTION: "use another --strategy, such as gated-norm-sum"} | dict.fromkeys(
+    MOMENTS, "profile again with --moments"
+)
 
 
 class DataRecord(BaseModel):
@@ -130,23 +143,48 @@ class LayerStats:
     """Σ ‖y‖²."""
     entropy: float
     """Σ of the router distribution's entropy, nats."""
-    pairs: Mapping[str, np.ndarray]
-    """`coact`, `coenergy`, `gram`: (E, E) each, read on access."""
+    lazy: Mapping[str, np.ndarray]
+    """The statistics below by name, read on access."""
+
+    @property
+    def gate_norm_sq_sum(self) -> np.ndarray:
+        """(E,) Σ g‖f‖²."""
+        return self.lazy["gate_norm_sq_sum"]
+
+    @property
+    def gate_sq_norm_sum(self) -> np.ndarray:
+        """(E,) Σ g²‖f‖."""
+        return self.lazy["gate_sq_norm_sum"]
+
+    @property
+    def contribution_sum(self) -> np.ndarray:
+        """(E,) Σ max(1 − cos(h, h̃), 0) g‖f‖, h the residual stream before the routed experts add to it, h̃ after."""
+        return self.lazy[CONTRIBUTION]
+
+    @property
+    def out_sum(self) -> np.ndarray:
+        """(E, H) Σ f."""
+        return self.lazy["out_sum"]
+
+    @property
+    def out_sq_sum_h(self) -> np.ndarray:
+        """(E, H) Σ f², elementwise."""
+        return self.lazy["out_sq_sum_h"]
 
     @property
     def coact(self) -> np.ndarray:
         """(E, E) tokens routed to both; the diagonal is `count`."""
-        return self.pairs["coact"]
+        return self.lazy["coact"]
 
     @property
     def coenergy(self) -> np.ndarray:
         """(E, E) Σ a_i a_j, a = g‖f‖."""
-        return self.pairs["coenergy"]
+        return self.lazy["coenergy"]
 
     @property
     def gram(self) -> np.ndarray:
         """(E, E) Σ g_i g_j ⟨f_i, f_j⟩."""
-        return self.pairs["gram"]
+        return self.lazy["gram"]
 
 
 class Profile:
@@ -229,7 +267,8 @@ class Profile:
     def layer(self, prefix: str, weights: Mapping[str, float] | None = None) -> LayerStats:
         """Pool one block's statistics over domains, each sum multiplied by its domain's weight.
 
-        Maxima are taken over domains of positive weight. Pair matrices that were stored pooled stay unweighted.
+        Maxima are taken over domains of positive weight. What is read on access may raise, too: a ProfileError if the
+        profile lacks it, or if it was stored pooled, so that weights that differ cannot act on it.
 
         Raises:
             ProfileError: the block was not profiled.
@@ -251,7 +290,7 @@ class Profile:
             **{stat: pooled(stat) for stat in SUMS_E}, **{stat: largest(stat) for stat in MAXIMA_E},
             rank_count=pooled("rank_count"), rank_mass=pooled("rank_mass"),
             **{stat: pooled(stat) for stat in SUMS_K}, out_sq=float(pooled("out_sq")), entropy=float(pooled("entropy")),
-            pairs=_Pairs(self, prefix, factors),
+            lazy=_Lazy(self, prefix, factors),
         )  # fmt: skip
 
     def _check(self, where: Path) -> None:
@@ -260,11 +299,13 @@ class Profile:
         shapes: dict[str, tuple[int, ...]] = {"tokens": (d,), "out_sq": (d,), "entropy": (d,)}
         shapes |= dict.fromkeys(("count", *SUMS_E, *MAXIMA_E), (d, e))
         shapes |= dict.fromkeys(("rank_count", "rank_mass"), (d, e, k)) | dict.fromkeys(SUMS_K, (d, k))
-        shapes |= dict.fromkeys(PAIRS, (p, e * (e + 1) // 2))
+        shapes |= dict.fromkeys(PAIRS, (p, e * (e + 1) // 2)) | dict.fromkeys((*MIXED_E, CONTRIBUTION), (d, e))
         for prefix in self.prefixes:
             for stat, shape in shapes.items():
                 name = f"{prefix}/{stat}"
                 if name not in self.arrays:
+                    if stat in LACKING:
+                        continue
                     raise ProfileError(f"{where / ARRAYS}: {name} is missing")
                 found = self.arrays.shape(name) if isinstance(self.arrays, _LazyArrays) else self.arrays[name].shape
                 if tuple(found) != shape:
@@ -354,6 +395,9 @@ class _LazyArrays(Mapping[str, np.ndarray]):
         file: Any = safe_open(path, framework="np")
         self._file, self._names = file, tuple(sorted(file.keys()))  # noqa: SIM118
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._names  # a mapping's own way reads the array
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of an array, from the header."""
         return tuple(self._file.get_slice(name).get_shape())
@@ -371,24 +415,39 @@ class _LazyArrays(Mapping[str, np.ndarray]):
         return len(self._names)
 
 
-class _Pairs(Mapping[str, np.ndarray]):
-    """Full E×E matrices of one block, unpacked from their halves on access."""
+class _Lazy(Mapping[str, np.ndarray]):
+    """What is large or not in every profile, of one block: domains pooled, pairs unpacked from their halves."""
 
     def __init__(self, profile: Profile, prefix: str, factors: np.ndarray) -> None:
         self._profile, self._prefix, self._factors = profile, prefix, factors
 
     def __getitem__(self, stat: str) -> np.ndarray:
-        if stat not in PAIRS:
+        if stat not in (*PAIRS, *LACKING):
             raise KeyError(stat)
-        halves = self._profile.arrays[f"{self._prefix}/{stat}"].astype(np.float64)
-        half = np.tensordot(self._factors, halves, axes=1) if self._profile.meta.pair_domains else halves[0]
+        name, arrays = f"{self._prefix}/{stat}", self._profile.arrays
+        if name not in arrays:
+            again = "profile again: expertcut profile MODEL -o PROFILE"
+            raise ProfileError(f"the profile has no {name}: {LACKING[stat]}", _AGAIN.get(stat, again))
+        stored = arrays[name].astype(np.float64)
+        if stat not in PAIRS:
+            return np.tensordot(self._factors, stored, axes=1)
         e = self._profile.meta.experts
         full = np.zeros((e, e))
-        full[np.tril_indices(e)] = half
+        full[np.tril_indices(e)] = np.tensordot(self._pair_factors(name), stored, axes=1)
         return full + np.tril(full, -1).T
 
+    def _pair_factors(self, name: str) -> np.ndarray:
+        if self._profile.meta.pair_domains:
+            return self._factors
+        if len({*self._factors.tolist()}) > 1:
+            raise ProfileError(
+                f"{name}: statistics of pairs are pooled over domains, so that domain weights cannot act on them",
+                "profile again with --pair-domains",
+            )
+        return self._factors[:1]
+
     def __iter__(self) -> Iterator[str]:
-        return iter(PAIRS)
+        return (stat for stat in (*PAIRS, *LACKING) if f"{self._prefix}/{stat}" in self._profile.arrays)
 
     def __len__(self) -> int:
-        return len(PAIRS)
+        return len(list(iter(self)))

@@ -16,6 +16,7 @@ import torch
 
 from expertcut.calibrate import dequantise as dq
 from expertcut.calibrate.reader import TensorReader
+from expertcut.checkpoint.quantised import block_sizes, quantization_config
 from expertcut.checkpoint.types import Checkpoint, TensorInfo
 from expertcut.errors import CheckpointError
 
@@ -85,7 +86,7 @@ def open_reader(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
     Raises:
         CheckpointError: the checkpoint is quantised in a way that is not understood.
     """
-    config = _quantization_config(checkpoint.config)
+    config = quantization_config(checkpoint.config)
     method, version = config.get("quant_method"), config.get("checkpoint_format", config.get("version"))
     if config and (method not in METHODS or (method in ("gptq", "awq") and version not in VERSIONS)):
         what = f"{method} ({version})" if method in METHODS else f"{method!r}"
@@ -167,7 +168,7 @@ class DequantisingReader(TensorReader):
         try:
             return self._groups[name].values(parts, self._settings)
         except CheckpointError as error:
-            method = _quantization_config(self.checkpoint.config).get("quant_method", "an unnamed method")
+            method = quantization_config(self.checkpoint.config).get("quant_method", "an unnamed method")
             raise CheckpointError(
                 f"{self.checkpoint.name}: {name}, quantised by {method}: {error.message}",
                 "profile the unquantised sibling; its plan applies to this checkpoint too",
@@ -223,18 +224,5 @@ def _shape(values: Callable[..., torch.Tensor], infos: Mapping[str, TensorInfo])
     return (*weight.shape[:-1], 2 * weight.shape[-1]) if halves else weight.shape
 
 
-def _quantization_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    text = config.get("text_config")
-    for scope in (config, text if isinstance(text, dict) else {}):
-        for key in ("quantization_config", "compression_config"):
-            if isinstance(found := scope.get(key), dict):
-                return found
-    return {}
-
-
 def _settings(config: Mapping[str, Any]) -> dq.Settings:
-    blocks = [config.get("weight_block_size")]
-    for group in (config.get("config_groups") or {}).values():
-        blocks.append((group.get("weights") or {}).get("block_structure"))
-    sizes = tuple(tuple(block) for block in blocks if isinstance(block, list))
-    return dq.Settings(sizes, 0 if config.get("checkpoint_format") == "gptq_v2" else 1)
+    return dq.Settings(block_sizes(config), 0 if config.get("checkpoint_format") == "gptq_v2" else 1)

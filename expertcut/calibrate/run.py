@@ -31,6 +31,7 @@ from expertcut.calibrate.observer import Observer
 from expertcut.calibrate.overlap import sequence_hashes
 from expertcut.calibrate.passage import Advance, Notify, Passage
 from expertcut.calibrate.profile import TEXT, BlockRecord, DataRecord, Profile, ProfileMeta
+from expertcut.calibrate.residual import open_residual
 from expertcut.calibrate.sums import BlockSums
 from expertcut.calibrate.transfer import bound_kernel_caches, resolve_device, settle
 from expertcut.checkpoint.types import Checkpoint
@@ -135,7 +136,8 @@ def _pass(
         block = stream.block(index)
         observer = None
         if block is not None:
-            experts: Any = layer.get_submodule(find_experts(layer) or "")
+            name = find_experts(layer) or ""
+            experts: Any = layer.get_submodule(name)
             sums = BlockSums(
                 domains=len(data.domains), experts=geometry.num_experts, top_k=geometry.top_k,
                 hidden=experts.down_proj.shape[2 if experts.is_transposed else 1],
@@ -143,7 +145,8 @@ def _pass(
                 device=stream.device, tail=geometry.tail, skips=geometry.family.skips,
             )  # fmt: skip
             router, bias = find_router(layer, geometry.family), find_bias(layer, geometry.family)
-            observer = Observer(geometry.family.scoring, sums, router, bias and getattr(*bias), experts)
+            residual = open_residual(layer, name, stream.config)
+            observer = Observer(geometry.family.scoring, sums, router, bias and getattr(*bias), experts, residual)
         passage.step(index, layer, observer=observer)
         if observer is not None and block is not None:
             observer.close()

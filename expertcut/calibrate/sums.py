@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from expertcut.calibrate.profile import MAXIMA_E, PAIRS, SUMS_E, SUMS_K
+from expertcut.calibrate.profile import CONTRIBUTION, MAXIMA_E, MIXED_E, PAIRS, SUMS_E, SUMS_K
 
 
 @dataclass
@@ -31,13 +31,16 @@ class Routed:
     """int64, the token's domain."""
     out_TKH: torch.Tensor | None
     """Unweighted outputs; only when moments are asked for."""
+    turn_T: torch.Tensor | None = None
+    """float64, how far the token's residual stream turned; None where that is not known."""
 
     def only(self, keep_T: torch.Tensor) -> Routed:
         """Return the tokens where `keep_T` is true."""
         out = None if self.out_TKH is None else self.out_TKH[keep_T]
+        turn = None if self.turn_T is None else self.turn_T[keep_T]
         return Routed(
             self.expert_TK[keep_T], self.gate_TK[keep_T], self.gram_TKK[keep_T], self.act_TK[keep_T],
-            self.entropy_T[keep_T], self.domain_T[keep_T], out,
+            self.entropy_T[keep_T], self.domain_T[keep_T], out, turn,
         )  # fmt: skip
 
 
@@ -56,7 +59,8 @@ class BlockSums:
         def zeros(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=device)
 
-        self.per_expert = zeros(1 + len(SUMS_E), domains * experts)
+        self.per_expert = zeros(1 + len((*SUMS_E, *MIXED_E)), domains * experts)
+        self.contribution: torch.Tensor | None = zeros(domains * experts)
         self.maxima = zeros(len(MAXIMA_E), domains * experts)
         self.per_rank = zeros(2, domains * experts * top_k)
         self.per_pair = zeros(len(PAIRS), (domains if pair_domains else 1) * experts * experts)
@@ -71,7 +75,14 @@ class BlockSums:
         gated_TK = r.gram_TKK.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt()
         norm_TK = torch.where(r.gate_TK == 0, 0.0, gated_TK / r.gate_TK.abs())
         one_TK = torch.ones_like(norm_TK)
-        _add(self.per_expert, cell_TK, one_TK, r.gate_TK, r.gate_TK**2, norm_TK, norm_TK**2, gated_TK, gated_TK**2)
+        _add(
+            self.per_expert, cell_TK, one_TK, r.gate_TK, r.gate_TK**2, norm_TK, norm_TK**2, gated_TK, gated_TK**2,
+            gated_TK * norm_TK, gated_TK * r.gate_TK.abs(),
+        )  # fmt: skip
+        if r.turn_T is None:
+            self.contribution = None  # a sum over some of the tokens is none
+        elif self.contribution is not None:
+            self.contribution.index_add_(0, cell_TK.flatten(), (r.turn_T[:, None] * gated_TK).flatten())
         for row, peaks_TK in zip(self.maxima, (gated_TK, r.act_TK.double()), strict=True):
             row.scatter_reduce_(0, cell_TK.flatten(), peaks_TK.flatten(), "amax")
         rank_TK = cell_TK * self.k + torch.arange(self.k, device=cell_TK.device)
@@ -113,7 +124,7 @@ class BlockSums:
         out: dict[str, np.ndarray] = {}
         per_expert = self.per_expert.view(-1, d, e)[..., :routed].cpu().numpy()
         out["count"] = per_expert[0].astype(np.int64)
-        out |= {name: per_expert[i + 1] for i, name in enumerate(SUMS_E)}
+        out |= {name: per_expert[i + 1] for i, name in enumerate((*SUMS_E, *MIXED_E))}
         maxima = self.maxima.view(-1, d, e)[..., :routed].cpu().numpy()
         out |= {name: maxima[i] for i, name in enumerate(MAXIMA_E)}
         per_rank = self.per_rank.view(2, d, e, k)[:, :, :routed].cpu().numpy()
@@ -129,6 +140,8 @@ class BlockSums:
             per_token[:, 2],
         )
         out |= {name: per_token[:, 3 + i * k : 3 + (i + 1) * k] for i, name in enumerate(SUMS_K)}
+        if self.contribution is not None:
+            out[CONTRIBUTION] = self.contribution.view(d, e)[:, :routed].cpu().numpy()
         if self.moments is not None:
             moments = self.moments.view(d, e, 2, self.h)[:, :routed].cpu().numpy()
             out["out_sum"], out["out_sq_sum_h"] = moments[:, :, 0], moments[:, :, 1]

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from expertcut.checkpoint import hub
-from expertcut.checkpoint.data import read_array, read_bytes
+from expertcut.checkpoint.data import read_array, read_bytes, read_elements
 from expertcut.checkpoint.header import build_header, read_header
 from expertcut.checkpoint.jsonio import load_json, shown
 from expertcut.checkpoint.local import open_directory
@@ -22,6 +22,7 @@ __all__ = [
     "open_checkpoint",
     "read_array",
     "read_bytes",
+    "read_elements",
     "read_header",
 ]
 

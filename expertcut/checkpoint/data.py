@@ -1,4 +1,4 @@
-"""The bytes of single tensors, for the few that planning needs (routers, hash tables). numpy only."""
+"""The bytes of single tensors, for the few that planning needs (routers, hash tables), or part by part. numpy only."""
 
 from __future__ import annotations
 
@@ -18,22 +18,23 @@ _NATIVE = {
 }  # fmt: skip
 
 
-def read_bytes(ckpt: Checkpoint, name: str) -> bytes:
-    """The raw bytes of one tensor, little-endian and row-major as they lie in the shard.
+def read_bytes(ckpt: Checkpoint, name: str, start: int = 0, stop: int | None = None) -> bytes:
+    """The raw bytes `start` to `stop` of one tensor (None: to its end), little-endian and row-major as in the shard.
 
     Raises:
         CheckpointError: no such tensor, or the shard cannot be read or has changed since it was opened.
     """
     info = _find(ckpt, name)
     path = ckpt.path / info.shard
+    wanted = (info.nbytes if stop is None else stop) - start
     try:
         with path.open("rb") as file:
-            file.seek(info.start)
-            raw = file.read(info.nbytes)
+            file.seek(info.start + start)
+            raw = file.read(wanted)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
-    if len(raw) != info.nbytes:
-        found = f"{len(raw)} bytes left, expected {info.nbytes}; the file has changed since it was opened"
+    if len(raw) != wanted:
+        found = f"{len(raw)} bytes left, expected {wanted}; the file has changed since it was opened"
         raise CheckpointError(f"{path}: tensor {shown(name)}: {found}")
     return raw
 
@@ -44,14 +45,22 @@ def read_array(ckpt: Checkpoint, name: str) -> npt.NDArray[Any]:
     Raises:
         CheckpointError: see `read_bytes`; or a dtype that numpy cannot hold (6-bit, 4-bit and FNUZ floats).
     """
+    return read_elements(ckpt, name).reshape(_find(ckpt, name).shape)
+
+
+def read_elements(ckpt: Checkpoint, name: str, start: int = 0, stop: int | None = None) -> npt.NDArray[Any]:
+    """The elements `start` to `stop` of one tensor (None: to its end), row by row, in a type as `read_array` gives.
+
+    Raises:
+        CheckpointError: see `read_array`.
+    """
     info = _find(ckpt, name)
     if info.dtype not in _NATIVE and info.dtype not in _WIDENED:
         raise CheckpointError(f"{ckpt.path / info.shard}: tensor {shown(name)}: dtype {info.dtype} has no numpy form")
-    raw = read_bytes(ckpt, name)
-    if info.dtype in _NATIVE:
-        return np.frombuffer(raw, _NATIVE[info.dtype]).reshape(info.shape)
-    storage, widen = _WIDENED[info.dtype]
-    return widen(np.frombuffer(raw, storage)).reshape(info.shape)
+    storage, widen = _WIDENED.get(info.dtype, (_NATIVE.get(info.dtype, ""), None))
+    size = np.dtype(storage).itemsize
+    stored = np.frombuffer(read_bytes(ckpt, name, start * size, None if stop is None else stop * size), storage)
+    return widen(stored) if widen else stored
 
 
 def _find(ckpt: Checkpoint, name: str) -> TensorInfo:

@@ -1,15 +1,18 @@
-"""One layer's statistics in, one score per expert out; a criterion is one registered function.
+"""One layer's statistics in, what its experts are worth out; a criterion is one registered function.
 
-Invariant: scores are (E,) float64 and finite, higher means keep, and an expert that was never routed to scores 0 where
-data decide. Ties are the selection's business (the lower id wins). Legend: E experts.
+It returns scores, (E,): higher means keep, and an expert that was never routed to scores 0 where data decide. Or
+losses, (E, E), where experts count together: entry (i, j) is what dropping both costs, the diagonal what dropping one
+does, and the set goes whose entries sum to the least. Invariant: float64 and finite. Ties are the selection's business
+(the lower id wins). Legend: E experts.
 """
 
 from __future__ import annotations
 
 import difflib
 import hashlib
+import re
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -20,6 +23,7 @@ from expertcut.errors import UsageError
 
 if TYPE_CHECKING:
     from expertcut.calibrate.profile import LayerStats
+    from expertcut.choose.weights import WeightStats
 
 Scores = NDArray[np.float64]
 _F = TypeVar("_F", bound=Callable[[Any], Scores])
@@ -36,14 +40,6 @@ class PatternStats:
 
 
 @dataclass(frozen=True, slots=True)
-class WeightStats:
-    """What a layer's weights say about its experts, without data."""
-
-    router_norm: Scores
-    """Euclidean norm of each expert's router row, (E,)."""
-
-
-@dataclass(frozen=True, slots=True)
 class Criterion:
     """A registered criterion and where it comes from."""
 
@@ -53,20 +49,29 @@ class Criterion:
     needs: tuple[str, ...]
     """Fields of the statistics that it reads; none for index patterns."""
     score: Callable[[Any], Scores]
-    """`PatternStats`, `WeightStats` or `LayerStats` → (E,) float64, higher = keep."""
+    """`PatternStats`, `WeightStats` or `LayerStats` → (E,) scores or (E, E) losses."""
 
     @property
     def needs_weights(self) -> bool:
         """True if it reads a `WeightStats`."""
-        return bool(self.needs) and set(self.needs) <= _WEIGHT_FIELDS
+        return bool(self.needs) and set(self.needs) <= OF_WEIGHTS
 
     @property
     def needs_profile(self) -> bool:
         """True if it reads a profile's `LayerStats`."""
-        return not set(self.needs) <= _WEIGHT_FIELDS
+        return not set(self.needs) <= OF_WEIGHTS
 
 
-_WEIGHT_FIELDS = {field.name for field in fields(WeightStats)}
+OF_WEIGHTS = {"router_norm", "weight_mean", "weight_rms"}
+"""What a `WeightStats` has."""
+FAMILY = "unified:A,B[,sum]"
+"""How strategies are written that are a family of criteria; see `unified`."""
+_SUMS = {
+    (0, 0): "count", (1, 0): "gate_sum", (2, 0): "gate_sq_sum", (0, 1): "norm_sum", (0, 2): "norm_sq_sum",
+    (1, 1): "gated_norm_sum", (1, 2): "gate_norm_sq_sum", (2, 1): "gate_sq_norm_sum", (2, 2): "gated_norm_sq_sum",
+}  # fmt: skip
+"""Exponents of gate weight and output norm → the sum that profiles hold."""
+_UNIFIED = "arXiv:2606.15716"
 _registry: dict[str, Criterion] = {}
 CRITERIA = MappingProxyType(_registry)
 """Every criterion by name, in the order of this file."""
@@ -84,15 +89,18 @@ def criterion(name: str, *, paper: str | None = None, needs: tuple[str, ...] = (
 
 
 def get_criterion(name: str) -> Criterion:
-    """Return the criterion called `name`.
+    """Return the criterion called `name`, or the one of the family `unified` that is written so.
 
     Raises:
         UsageError: there is none; the message lists all, the hint the closest.
     """
+    if name.partition(":")[0] == "unified":
+        return unified(name)
     if name not in CRITERIA:
         close = difflib.get_close_matches(name, CRITERIA, n=1)
         raise UsageError(
-            f"unknown strategy {name!r}; known: {', '.join(CRITERIA)}", f"--strategy {close[0]}" if close else None
+            f"unknown strategy {name!r}; known: {', '.join(CRITERIA)}, {FAMILY}",
+            f"--strategy {close[0]}" if close else None,
         )
     return CRITERIA[name]
 
@@ -105,6 +113,27 @@ def judging() -> tuple[str, ...]:
 def without_profile() -> tuple[str, ...]:
     """Return the names of the criteria that need no profile."""
     return tuple(c.name for c in CRITERIA.values() if not c.needs_profile)
+
+
+def unified(name: str) -> Criterion:
+    """Return the criterion `unified:A,B[,mean|sum]`: Σ g^A ‖f‖^B over the routed tokens, by default divided by them.
+
+    The family of arXiv:2606.15716. A and B are 0, 1 or 2: the exponents whose sums profiles hold.
+
+    Raises:
+        UsageError: written otherwise.
+    """
+    match = re.fullmatch(r"unified:([012]),([012])(,mean|,sum)?", name, re.ASCII)
+    if match is None:
+        raise UsageError(
+            f"--strategy {name}: expected unified:A,B with exponents 0, 1 or 2 of gate weight and output norm, and "
+            "mean (as without it) or sum behind them",
+            "for example --strategy unified:1,2,sum",
+        )
+    total = _SUMS[int(match[1]), int(match[2])]
+    if match[3] == ",sum":
+        return Criterion(name, _UNIFIED, (total,), lambda stats: getattr(stats, total))
+    return Criterion(name, _UNIFIED, (total, "count"), lambda stats: _mean(getattr(stats, total), stats.count))
 
 
 @criterion("random", paper="arXiv:2505.03531")
@@ -181,16 +210,68 @@ def gated_norm_sum(stats: LayerStats) -> Scores:
     return stats.gated_norm_sum
 
 
-@criterion("energy", paper="arXiv:2606.15716", needs=("gated_norm_sq_sum",))
+@criterion("man", paper=_UNIFIED, needs=("norm_sum", "count"))
+def man(stats: LayerStats) -> Scores:
+    """Mean output norm per routed token, the name that the unified family gives ean-mean. (E,) float64."""
+    return ean_mean(stats)
+
+
+@criterion("msan", paper=_UNIFIED, needs=("norm_sq_sum", "count"))
+def msan(stats: LayerStats) -> Scores:
+    """Mean squared output norm per routed token. (E,) float64."""
+    return _mean(stats.norm_sq_sum, stats.count)
+
+
+@criterion("energy", paper=_UNIFIED, needs=("gated_norm_sq_sum",))
 def energy(stats: LayerStats) -> Scores:
     """Sum of the squared gate-weighted output norms. (E,) float64."""
     return stats.gated_norm_sq_sum
+
+
+@criterion("easy-ep", paper="arXiv:2504.06792", needs=("contribution_sum",))
+def easy_ep(stats: LayerStats) -> Scores:
+    """Sum of the gate-weighted output norms, each times how far the token's residual stream turned. (E,) float64."""
+    return stats.contribution_sum
+
+
+@criterion("mone", paper="arXiv:2507.00390", needs=("out_sum", "out_sq_sum_h", "count", "gate_sum"))
+def mone(stats: LayerStats) -> Scores:
+    """Norm of the outputs' standard deviation, times the gate weight per token of the layer. (E,) float64.
+
+    The deviation is elementwise, over the routed tokens; the source divides by one token less.
+    """
+    squared_mean_E = (_mean(stats.out_sum.T, stats.count) ** 2).sum(axis=0)
+    variance_E = _mean(stats.out_sq_sum_h.sum(axis=1), stats.count) - squared_mean_E
+    scores: Scores = np.sqrt(np.maximum(variance_E, 0)) * stats.gate_sum / (stats.tokens or 1.0)
+    return scores
+
+
+@criterion("hope", paper="arXiv:2609.18916", needs=("coenergy",))
+def hope(stats: LayerStats) -> Scores:
+    """What dropping experts together loses at most: Σ a_i a_j over tokens, a = g‖f‖. (E, E) float64."""
+    return stats.coenergy
+
+
+@criterion("gram", needs=("gram",))
+def gram(stats: LayerStats) -> Scores:
+    """What dropping experts together changes before rerouting: Σ g_i g_j ⟨f_i, f_j⟩ over tokens. (E, E) float64."""
+    return stats.gram
 
 
 @criterion("router-norm", needs=("router_norm",))
 def router_norm(stats: WeightStats) -> Scores:
     """Norm of the expert's router row. (E,) float64; the magnitude pruner of compressed-tensors."""
     return stats.router_norm
+
+
+@criterion("aimer", paper="arXiv:2603.18492", needs=("weight_mean", "weight_rms"))
+def aimer(stats: WeightStats) -> Scores:
+    """Mean magnitude of the expert's weights over their root mean square, negative. (E,) float64.
+
+    The more alike its weights are in magnitude, the sooner an expert goes; one of zeros goes first.
+    """
+    mean, rms = stats.weight_mean, stats.weight_rms
+    return -np.divide(mean, rms, out=np.ones_like(mean), where=rms > 0)
 
 
 def _mean(total: Scores, count: Scores) -> Scores:

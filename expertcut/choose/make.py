@@ -6,27 +6,28 @@ Invariant: the same inputs give the same plan, byte for byte; nothing in it tell
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import numpy as np
 from pydantic import JsonValue
 
-from expertcut.checkpoint import read_array
 from expertcut.checkpoint.types import Checkpoint, valid_text
 from expertcut.choose.budget import Budget, resolve_budget
-from expertcut.choose.criteria import Criterion, PatternStats, Scores, WeightStats, get_criterion, without_profile
+from expertcut.choose.criteria import Criterion, PatternStats, Scores, get_criterion, without_profile
 from expertcut.choose.plan import LayerPlan, Plan, Source, validate
 from expertcut.choose.protect import Protected, parse_protect, super_experts, union
 from expertcut.choose.select import select_experts
 from expertcut.choose.topk import MeanTopK, TopK, layer_top_k
+from expertcut.choose.weights import Tell, WeightStats
 from expertcut.errors import UsageError
 from expertcut.model import Geometry, MoeBlock, check_fingerprint, fingerprint
 
 if TYPE_CHECKING:
     from expertcut.calibrate.profile import Profile
 
+Advance = Callable[[int, int], None]
+"""Called with what is done and what there is in all."""
 EVERYTHING = "first"
 """The criterion where nothing is chosen, because all experts stay."""
 UNPROFILED = "router-norm"
@@ -52,6 +53,7 @@ def make_plan(
     protect_super: bool = False,
     seed: int = 0,
     command: str = "",
+    advance: Advance = lambda done, total: None,
 ) -> Plan:
     """Choose the experts to keep, equally many in every layer and group, and the top-k.
 
@@ -60,11 +62,13 @@ def make_plan(
     `budget`, with a note to print. `domain_weights` multiply each domain's sums, absent domains count 0.
     Without a `strategy` and a budget all experts stay, and only `top_k` changes; `per_layer` allows it to differ.
     `protect` takes `LAYER:ID[,ID…]` or `ID[,ID…]`; `protect_super` adds the super experts of the whole profile.
+    `advance` hears of the bytes of weights that are read, where the strategy looks at the experts themselves.
 
     Raises:
         UsageError: options out of range or that do not go together, an unknown strategy, domain, layer or expert.
         PlanError: the profile is another model's, protection exceeds the budget, or the result cannot be served.
-        ProfileError: a layer was not profiled.
+        ProfileError: a layer was not profiled, or the profile lacks what the strategy needs.
+        CheckpointError: the strategy looks at weights, which are quantised so that it cannot.
     """
     criterion = get_criterion(strategy or EVERYTHING)
     _check_options(criterion, profile, domain_weights, protect_super, isinstance(top_k, MeanTopK))
@@ -87,11 +91,11 @@ def make_plan(
         own = fingerprint(checkpoint, geometry)
     supers = _super_experts(profile, geometry) if profile is not None and protect_super else {}
     protected = union(named, supers)
-    layers = {}
-    for block, judge, prefix, router, draw in _sets(geometry, criterion):
-        scores_E = _scores(judge, prefix, router, draw, checkpoint, geometry, profile, domain_weights, seed)
+    layers, tell = {}, _counted(advance, checkpoint, geometry)
+    for block, judge, prefix, draw in _sets(geometry, criterion):
+        found = _judged(judge, prefix, draw, checkpoint, geometry, profile, domain_weights, seed, tell)
         kept = select_experts(
-            scores_E, budget.experts, n_group=geometry.n_group, protected=protected.get(prefix, ()), layer=block.layer
+            found, budget.experts, n_group=geometry.n_group, protected=protected.get(prefix, ()), layer=block.layer
         )
         k = tops[block.prefix]
         layers[prefix] = LayerPlan(layer=block.layer, kept=kept, top_k=None if k == geometry.top_k else k)
@@ -113,13 +117,13 @@ def _with_blind_note(budget: Budget, criterion: Criterion, geometry: Geometry) -
     return replace(budget, note=f"{budget.note}; {blind}" if budget.note else blind)
 
 
-def _sets(geometry: Geometry, criterion: Criterion) -> Iterator[tuple[MoeBlock, Criterion, str, str, int]]:
-    """Yield every set of experts of the trunk: its block, criterion, key, router's weight, and number for draws."""
+def _sets(geometry: Geometry, criterion: Criterion) -> Iterator[tuple[MoeBlock, Criterion, str, int]]:
+    """Yield every set of experts of the trunk: its block, criterion, key, and number for draws."""
     unprofiled = get_criterion(UNPROFILED) if criterion.needs_profile else criterion
     for block in geometry.trunk:
-        yield block, criterion, block.prefix, block.router, block.layer
+        yield block, criterion, block.prefix, block.layer
         if block.twin is not None:
-            yield block, unprofiled, block.twin.prefix, block.twin.router, geometry.num_layers + block.layer
+            yield block, unprofiled, block.twin.prefix, geometry.num_layers + block.layer
 
 
 def parse_domain_weights(text: str) -> dict[str, float]:
@@ -167,25 +171,37 @@ def _super_experts(profile: Profile, geometry: Geometry) -> Protected:
     return super_experts({block.prefix: profile.layer(block.prefix).act_max for block in geometry.trunk})
 
 
-def _scores(
+def _judged(
     criterion: Criterion,
     prefix: str,
-    router: str,
     draw: int,
     checkpoint: Checkpoint,
     geometry: Geometry,
     profile: Profile | None,
     domain_weights: Mapping[str, float] | None,
     seed: int,
+    tell: Tell,
 ) -> Scores:
+    """What a criterion finds of one set of experts: (E,) scores or (E, E) losses."""
     if criterion.needs_profile:
         assert profile is not None
         return criterion.score(profile.layer(prefix, domain_weights))
     if criterion.needs_weights:
-        stored = read_array(checkpoint, router).astype(np.float64)
-        router_EH = (stored.T if geometry.family.router_axis else stored)[: geometry.num_experts]
-        return criterion.score(WeightStats(router_norm=np.linalg.norm(router_EH, axis=1)))
+        return criterion.score(WeightStats(checkpoint, geometry, prefix, tell))
     return criterion.score(PatternStats(geometry.num_experts, draw, seed))
+
+
+def _counted(advance: Advance, checkpoint: Checkpoint, geometry: Geometry) -> Tell:
+    """Return what adds up the bytes of weights that were read, of those of all experts, and passes them on."""
+    total = sum(geometry.expert_nbytes(checkpoint, block.prefix) * block.experts for block in geometry.trunk)
+    done = 0
+
+    def tell(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        advance(done, total)
+
+    return tell
 
 
 def _provenance(

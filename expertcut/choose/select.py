@@ -1,4 +1,7 @@
-"""Scores in, kept ids out. Protection is a constraint on the choice; no score is ever edited. Legend: E experts."""
+"""What a criterion found in, kept ids out. Protection is a constraint on the choice; no score is ever edited.
+
+Legend: E experts.
+"""
 
 from __future__ import annotations
 
@@ -7,35 +10,47 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
+from expertcut.choose.subset import least_loss
 from expertcut.errors import PlanError
 
 
 def select_experts(
-    scores_E: NDArray[np.float64], experts: int, *, n_group: int = 1, protected: Iterable[int] = (), layer: int
+    found: NDArray[np.float64], experts: int, *, n_group: int = 1, protected: Iterable[int] = (), layer: int
 ) -> tuple[int, ...]:
-    """Return the ids of the `experts` best, equally many of each group, the protected ones first; ascending.
+    """Return the ids of the `experts` to keep, equally many of each group, the protected ones among them; ascending.
 
-    Equal scores: the lower id is kept. `experts` is a multiple of `n_group`, and so is E.
+    `found` is (E,) scores: the highest are kept, of equal ones the lower id. Or (E, E), the losses of dropping two
+    experts together: the set goes whose pairs, the diagonal included, lose least. `experts` is a multiple of
+    `n_group`, and so is E.
 
     Raises:
-        PlanError: a score is not finite, or a group protects more experts than it may keep.
+        PlanError: a number is not finite, or a group protects more experts than it may keep.
     """
-    bad = np.flatnonzero(~np.isfinite(scores_E))
-    if bad.size:
-        raise PlanError(
-            f"layer {layer}: the score of expert {bad[0]} is {scores_E[bad[0]]}, expected a finite number",
-            "profile again in float32, or use another --strategy",
-        )
-    assert experts % n_group == 0 and scores_E.size % n_group == 0
-    must_E = np.zeros(scores_E.size, np.bool_)
+    size = len(found)
+    assert experts % n_group == 0 and size % n_group == 0
+    _check_finite(found, layer)
+    must_E = np.zeros(size, np.bool_)
     must_E[list(protected)] = True
     quota = experts // n_group
     _check_quota(must_E.reshape(n_group, -1).sum(axis=1), quota, n_group, layer)
+    if found.ndim == 2:
+        goes_E = least_loss(found, size // n_group - quota, ~must_E, n_group)
+        return tuple(np.flatnonzero(~goes_E).tolist())
     kept: list[int] = []
-    for ids in np.arange(scores_E.size).reshape(n_group, -1):
-        order = np.lexsort((ids, -scores_E[ids], ~must_E[ids]))  # the last key counts most
+    for ids in np.arange(size).reshape(n_group, -1):
+        order = np.lexsort((ids, -found[ids], ~must_E[ids]))  # the last key counts most
         kept.extend(sorted(ids[order[:quota]].tolist()))
     return tuple(kept)
+
+
+def _check_finite(found: NDArray[np.float64], layer: int) -> None:
+    bad = np.argwhere(~np.isfinite(found)).tolist()
+    if bad:
+        what = "the score of expert" if found.ndim == 1 else "the loss of experts"
+        raise PlanError(
+            f"layer {layer}: {what} {', '.join(map(str, bad[0]))} is {found[tuple(bad[0])]}, expected a finite number",
+            "profile again in float32, or use another --strategy",
+        )
 
 
 def _check_quota(protected_per_group: NDArray[np.int_], quota: int, n_group: int, layer: int) -> None:

@@ -117,8 +117,9 @@ class Choice:
             rich_help_panel=CHOICE,
             show_default=False,
             help="auto, the best of all on --data. With a profile: "
-            "frequency, soft, gate-mean, ean-sum, ean-mean, reap, gated-norm-sum, energy. "
-            "Without: random, odd, even, first, last, router-norm.",
+            "frequency, soft, gate-mean, ean-sum, ean-mean, reap, gated-norm-sum, man, msan, "
+            "energy, easy-ep, mone, hope, gram, unified:A,B[,sum]. "
+            "Without: random, odd, even, first, last, router-norm, aimer.",
         ),
     ] = None
     profile: Annotated[

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from expertcut.checkpoint import Checkpoint
     from expertcut.choose.plan import Plan
     from expertcut.choose.topk import TopK
+    from expertcut.cli.common import Output
     from expertcut.cli.options import Choice
     from expertcut.model import Geometry
     from expertcut.runtimes.lint import Advice
@@ -23,10 +24,10 @@ AUTO = "auto"
 """The top-k that is searched for."""
 
 
-def build_plan(checkpoint: Checkpoint, geometry: Geometry, choice: Choice, command: str) -> Plan:
-    """Make the plan that the options ask for; `command` is for its provenance."""
+def build_plan(checkpoint: Checkpoint, geometry: Geometry, choice: Choice, out: Output) -> Plan:
+    """Make the plan that the options ask for; `out` shows progress and knows the command, for the provenance."""
     from expertcut.calibrate.profile import Profile
-    from expertcut.choose import make_plan, parse_domain_weights, parse_keep, parse_size
+    from expertcut.choose import format_size, make_plan, parse_domain_weights, parse_keep, parse_size
     from expertcut.runtimes.lint import fast_expert_counts
 
     if choice.drop_mtp and not (geometry.mtp_tensors or geometry.mtp_edits(checkpoint.config)):
@@ -34,15 +35,17 @@ def build_plan(checkpoint: Checkpoint, geometry: Geometry, choice: Choice, comma
     top_k = _top_k(replace(choice, top_k=str(geometry.top_k)) if choice.top_k == AUTO else choice)
     served = top_k if isinstance(top_k, int) else geometry.top_k
     subject = _subject(geometry, checkpoint.config, geometry.num_experts, served)
-    plan = make_plan(
-        checkpoint, geometry, strategy=choice.strategy, experts=choice.experts, drop=choice.drop, tp=choice.tp,
-        keep=parse_keep(choice.keep) if choice.keep is not None else None,
-        fit=parse_size(choice.fit) if choice.fit is not None else None,
-        fit_candidates=fast_expert_counts(subject, geometry.num_experts), top_k=top_k, per_layer=choice.per_layer,
-        profile=Profile.load(choice.profile) if choice.profile is not None else None,
-        domain_weights=parse_domain_weights(choice.domain_weights) if choice.domain_weights is not None else None,
-        protect=choice.protect or (), protect_super=choice.protect_super, seed=choice.seed, command=command,
-    )  # fmt: skip
+    with out.progress("choosing experts", lambda speed: f"{format_size(int(speed))}/s") as advance:
+        plan = make_plan(
+            checkpoint, geometry, strategy=choice.strategy, experts=choice.experts, drop=choice.drop, tp=choice.tp,
+            keep=parse_keep(choice.keep) if choice.keep is not None else None,
+            fit=parse_size(choice.fit) if choice.fit is not None else None,
+            fit_candidates=fast_expert_counts(subject, geometry.num_experts), top_k=top_k, per_layer=choice.per_layer,
+            profile=Profile.load(choice.profile) if choice.profile is not None else None,
+            domain_weights=parse_domain_weights(choice.domain_weights) if choice.domain_weights is not None else None,
+            protect=choice.protect or (), protect_super=choice.protect_super, seed=choice.seed,
+            command=out.command, advance=advance,
+        )  # fmt: skip
     return plan.model_copy(update={"mtp": "drop"}) if choice.drop_mtp else plan
 
 

@@ -114,7 +114,7 @@ def _plan(
             )
         if AUTO in (choice.top_k, choice.strategy):
             raise UsageError(f"{AUTO} is for `expertcut plan`", "make the plan first, then prune with --plan")
-        made = build_plan(checkpoint, geometry, choice, out.command)
+        made = build_plan(checkpoint, geometry, choice, out)
         for hint in outcome(checkpoint, geometry, made).hints:
             out.note(hint)
         return made

@@ -42,7 +42,7 @@ class Found:
 def build_candidates(out: Output, checkpoint: Checkpoint, geometry: Geometry, choice: Choice) -> dict[str, Plan]:
     """Make the plan that the options ask for; for the strategy `auto` one by each criterion that looks at the model."""
     if choice.strategy != AUTO:
-        return {choice.strategy or "the plan": build_plan(checkpoint, geometry, choice, out.command)}
+        return {choice.strategy or "the plan": build_plan(checkpoint, geometry, choice, out)}
     from dataclasses import replace
 
     from expertcut.choose.criteria import judging
@@ -52,7 +52,7 @@ def build_candidates(out: Output, checkpoint: Checkpoint, geometry: Geometry, ch
     made: dict[str, Plan] = {}
     for name in judging():
         try:
-            made[name] = build_plan(checkpoint, geometry, replace(choice, strategy=name), out.command)
+            made[name] = build_plan(checkpoint, geometry, replace(choice, strategy=name), out)
         except ProfileError as error:  # this profile lacks what that criterion needs
             out.note(f"{name} is left out: {error.message}")
     return made
@@ -83,7 +83,7 @@ def search(
         best, runner_up = ranked[0], next((one for one in ranked[1:] if one.name in candidates), None)
         controls = {
             f"random, seed {seed}": build_plan(
-                checkpoint, geometry, replace(choice, strategy="random", seed=seed, protect_super=False), out.command
+                checkpoint, geometry, replace(choice, strategy="random", seed=seed, protect_super=False), out
             )
             for seed in range(CONTROLS)
         }

@@ -17,7 +17,7 @@ def stats(tokens: float, count: list[float], topk_error: list[float], out_sq: fl
         norm_sum=zero, norm_sq_sum=zero, gated_norm_sum=zero, gated_norm_sq_sum=zero, gated_norm_max=zero, act_max=zero,
         rank_count=ranks, rank_mass=ranks, topk_error=np.array(topk_error), topk_cross=np.array([6.0, 20.0]),
         topk_sq=np.array([8.0, 20.0]) * (tokens > 0),
-        lost_mass=np.array([6.0, 0.0]), out_sq=out_sq, entropy=tokens * math.log(4), pairs={},
+        lost_mass=np.array([6.0, 0.0]), out_sq=out_sq, entropy=tokens * math.log(4), lazy={},
     )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from reference import LoopBlock, block_inputs, load, moe_blocks, profile
 from tiny_models import NAMES, tiny_model, tokens
 
 from expertcut.calibrate.data import CalibrationSet
-from expertcut.calibrate.profile import MAXIMA_E, MOMENTS, PAIRS, SUMS_E, SUMS_K, Profile
+from expertcut.calibrate.profile import CONTRIBUTION, MAXIMA_E, MIXED_E, MOMENTS, PAIRS, SUMS_E, SUMS_K, Profile
 from expertcut.checkpoint import open_checkpoint
 from expertcut.model import read_geometry
 
@@ -66,10 +66,10 @@ def test_every_statistic_of_every_domain(
                 value = value[lower] if stat in PAIRS else value
                 assert_close(observed.arrays[f"{block.prefix}/{stat}"][d], value, f"{block.prefix} {domain} {stat}")
         stored = {n.partition("/")[2] for n in observed.arrays if n.startswith(f"{block.prefix}/")}
-        assert stored == set(expected)
+        assert stored == {*expected, CONTRIBUTION}
     assert len(observed.arrays) == len(geometry.trunk) * len(stored) + 1  # and the text's hashes
-    named = {*SUMS_E, *MAXIMA_E, *SUMS_K, *PAIRS, *MOMENTS, *EXACT, "rank_mass", "out_sq", "entropy"}
-    assert named == stored
+    named = {*SUMS_E, *MIXED_E, *MAXIMA_E, *SUMS_K, *PAIRS, *MOMENTS, *EXACT, "rank_mass", "out_sq", "entropy"}
+    assert named | {CONTRIBUTION} == stored
 
 
 def test_the_loops_compute_what_transformers_does(folder: Path, inputs: dict[int, list[torch.Tensor]]) -> None:
@@ -155,3 +155,4 @@ def test_bfloat16_is_close_to_float32(folder: Path, observed: Profile, tmp_path:
         np.testing.assert_allclose(found.out_sq, expected.out_sq, rtol=0.15)
         np.testing.assert_allclose(found.gate_sum.sum(), expected.gate_sum.sum(), rtol=0.05)
         np.testing.assert_allclose(found.entropy, expected.entropy, rtol=0.05)
+        np.testing.assert_allclose(found.contribution_sum.sum(), expected.contribution_sum.sum(), rtol=0.1)

@@ -10,8 +10,11 @@ import pytest
 
 from expertcut.calibrate.profile import (
     ARRAYS,
+    CONTRIBUTION,
     JSON,
+    LACKING,
     MAXIMA_E,
+    MIXED_E,
     MOMENTS,
     PAIRS,
     SUMS_E,
@@ -27,7 +30,7 @@ from expertcut.model import Fingerprint
 
 E, K, H = 5, 3, 4
 BLOCKS = ("model.layers.1.mlp", "model.layers.3.mlp")
-POOLED = ("count", *SUMS_E, "rank_count", "rank_mass", *SUMS_K)
+POOLED = ("count", *SUMS_E, *MIXED_E, CONTRIBUTION, "rank_count", "rank_mass", *SUMS_K)
 
 
 def made(
@@ -38,7 +41,7 @@ def made(
     random = np.random.default_rng(seed)
     d, p = len(domains), len(domains) if pair_domains else 1
     shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("tokens", "out_sq", "entropy"), (d,))
-    shapes |= dict.fromkeys(("count", *SUMS_E, *MAXIMA_E), (d, E))
+    shapes |= dict.fromkeys(("count", *SUMS_E, *MIXED_E, CONTRIBUTION, *MAXIMA_E), (d, E))
     shapes |= dict.fromkeys(("rank_count", "rank_mass"), (d, E, K))
     shapes |= dict.fromkeys(SUMS_K, (d, K)) | dict.fromkeys(PAIRS, (p, E * (E + 1) // 2))
     shapes |= dict.fromkeys(MOMENTS if moments else (), (d, E, H))
@@ -106,7 +109,8 @@ def test_arrays_are_read_when_used(saved: Path, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(lazy, "__getitem__", noted)
     stats = found.layer(BLOCKS[1])
-    assert read and all(name.startswith(BLOCKS[1]) and name.rpartition("/")[2] not in PAIRS for name in read)
+    assert read and all(name.startswith(BLOCKS[1]) for name in read)
+    assert not {name.rpartition("/")[2] for name in read} & {*PAIRS, *LACKING}
     read.clear()
     assert stats.gram.shape == (E, E)
     assert read == [f"{BLOCKS[1]}/gram"]

@@ -77,20 +77,23 @@ def write_checkpoint(folder: Path, *, grouped: bool = False, seed: int = 0) -> C
     return open_checkpoint(folder)
 
 
-def layer_stats(**given: list[float]) -> LayerStats:
-    """Statistics of one layer; what is not given is zero."""
+def layer_stats(**given: Any) -> LayerStats:
+    """Statistics of one layer; of what is not given, what every profile has is zero."""
     experts = len(next(iter(given.values())))
     values: dict[str, Any] = {field.name: np.zeros(experts) for field in fields(LayerStats)}
-    values |= {"prefix": "model.layers.0.mlp", "layer": 0, "tokens": 0.0, "out_sq": 0.0, "entropy": 0.0, "pairs": {}}
-    return LayerStats(**values | {name: np.array(v, np.float64) for name, v in given.items()})
+    values |= {"prefix": "model.layers.0.mlp", "layer": 0, "tokens": 0.0, "out_sq": 0.0, "entropy": 0.0}
+    arrays = {name: np.array(value, np.float64) for name, value in given.items()}
+    lazy = {name: arrays.pop(name) for name in [*arrays] if name not in values}
+    return LayerStats(**values | arrays | {"lazy": lazy})
 
 
 def profile(
     model: tuple[Checkpoint, Geometry],
     stats: Mapping[str, np.ndarray],
     act_max: Mapping[int, list[float]] | None = None,
+    pair_domains: bool = False,
 ) -> Profile:
-    """A profile of the domains code and prose whose blocks all have the given (2, E) statistics, the others zero.
+    """A profile of the domains code and prose whose blocks all have the given statistics; (2, E) others are zero.
 
     `act_max` is by layer number, (E,), and comes from the second domain.
     """
@@ -98,15 +101,15 @@ def profile(
     domains = ("code", "prose")
     d, e, k = len(domains), own.num_experts, own.top_k
     one: dict[str, np.ndarray] = {name: np.zeros(d) for name in ("tokens", "out_sq", "entropy")}
-    one |= {name: np.zeros((d, e)) for name in ("count", *SUMS_E, *MAXIMA_E)} | dict(stats)
+    one |= {name: np.zeros((d, e)) for name in ("count", *SUMS_E, *MAXIMA_E)}
     one |= {name: np.zeros((d, e, k)) for name in ("rank_count", "rank_mass")}
-    one |= {name: np.zeros((d, k)) for name in ("topk_error", "topk_cross", "topk_sq", "lost_mass")}
+    one |= {name: np.zeros((d, k)) for name in ("topk_error", "topk_cross", "topk_sq", "lost_mass")} | dict(stats)
     tokens = dict.fromkeys(domains, 10)
     record = DataRecord(fingerprint="f", tokens=tokens, seq_len=10, packed=True, seed=0, sources=[])
     meta = ProfileMeta(
         source=checkpoint.name, fingerprint=fingerprint(*model), tokenizer="t", data=[record],
-        domains=list(domains), experts=e, top_k=k, pair_domains=False, moments=False, dtype="float32", versions={},
-        blocks=[BlockRecord(prefix=block.prefix, layer=block.layer) for block in own.trunk],
+        domains=list(domains), experts=e, top_k=k, pair_domains=pair_domains, moments=False, dtype="float32",
+        versions={}, blocks=[BlockRecord(prefix=block.prefix, layer=block.layer) for block in own.trunk],
     )  # fmt: skip
     arrays = {f"{block.prefix}/{name}": array for block in own.trunk for name, array in one.items()}
     for layer, maxima in (act_max or {}).items():

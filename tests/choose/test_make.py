@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from choose_models import profile, write_checkpoint
 
-from expertcut.calibrate.profile import Profile
+from expertcut.calibrate.profile import CONTRIBUTION, MIXED_E, Profile
 from expertcut.checkpoint import Checkpoint, read_array
 from expertcut.choose import CRITERIA, Plan, make_plan, parse_domain_weights
-from expertcut.errors import PlanError, UsageError
+from expertcut.errors import PlanError, ProfileError, UsageError
 from expertcut.model import Geometry, check_fingerprint, read_geometry
 
 Model = tuple[Checkpoint, Geometry]
@@ -30,16 +30,21 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 
 def rising(model: Model) -> Profile:
-    """Two domains; in both, every sum and maximum rises with the expert's id."""
-    sums = ("count", "gate_sum", "norm_sum", "gated_norm_sum", "gated_norm_sq_sum", "act_max")
-    return profile(model, dict.fromkeys(sums, ASCENDING))
+    """Two domains; in both, every sum and maximum rises with the expert's id, and so do the losses on the diagonals."""
+    sums = ("count", "gate_sum", "norm_sum", "norm_sq_sum", "gated_norm_sum", "gated_norm_sq_sum", "act_max")
+    pairs = np.diag(ASCENDING.sum(axis=0))[np.tril_indices(8)][None]
+    rest = {"out_sum": np.zeros((2, 8, 4)), "out_sq_sum_h": np.tile(ASCENDING[:, :, None], 4), "tokens": np.full(2, 99)}
+    stats = (
+        dict.fromkeys((*sums, *MIXED_E, CONTRIBUTION), ASCENDING) | dict.fromkeys(("coenergy", "gram"), pairs) | rest
+    )
+    return profile(model, stats)
 
 
 def kept(plan: Plan) -> list[tuple[int, ...]]:
     return [layer.kept for layer in plan.layers.values()]
 
 
-@pytest.mark.parametrize("strategy", CRITERIA)
+@pytest.mark.parametrize("strategy", [*CRITERIA, "unified:1,2,sum", "unified:2,1"])
 def test_every_strategy_makes_a_plan_that_is_the_models(model: Model, strategy: str) -> None:
     plan = make_plan(*model, strategy=strategy, keep=0.5, profile=rising(model), command="expertcut plan …")
     assert list(plan.layers) == ["model.layers.0.mlp", "model.layers.1.mlp"], "prediction layers follow in lockstep"
@@ -59,6 +64,11 @@ def test_every_strategy_makes_a_plan_that_is_the_models(model: Model, strategy: 
         ("first", (0, 1, 2, 3), (0, 1, 4, 5)),
         ("last", (4, 5, 6, 7), (2, 3, 6, 7)),
         ("frequency", (4, 5, 6, 7), (2, 3, 6, 7)),
+        ("easy-ep", (4, 5, 6, 7), (2, 3, 6, 7)),
+        ("mone", (4, 5, 6, 7), (2, 3, 6, 7)),
+        ("hope", (4, 5, 6, 7), (2, 3, 6, 7)),
+        ("gram", (4, 5, 6, 7), (2, 3, 6, 7)),
+        ("unified:1,2,sum", (4, 5, 6, 7), (2, 3, 6, 7)),
     ],
 )
 def test_half_of_each_group(model: Model, strategy: str, flat: tuple[int, ...], grouped: tuple[int, ...]) -> None:
@@ -76,6 +86,66 @@ def test_router_norm_reads_the_routers(plain: Model) -> None:
     for prefix, layer in plan.layers.items():
         norms = np.linalg.norm(read_array(plain[0], f"{prefix}.gate.weight"), axis=1)
         assert set(layer.kept) == set(np.argsort(norms)[-3:].tolist())
+
+
+def test_aimer_reads_the_experts_and_tells_how_far_it_is(plain: Model) -> None:
+    heard: list[tuple[int, int]] = []
+    plan = make_plan(*plain, strategy="aimer", experts=3, advance=lambda done, total: heard.append((done, total)))
+    for prefix, layer in plan.layers.items():
+        parts = [[f"{prefix}.experts.{e}.{part}_proj.weight" for part in ("gate", "up", "down")] for e in range(8)]
+        weights = np.stack([[read_array(plain[0], name) for name in names] for names in parts]).reshape(8, -1)
+        ratio = np.abs(weights).mean(axis=1) / np.sqrt((weights**2).mean(axis=1))
+        assert set(layer.kept) == set(np.argsort(ratio)[:3].tolist())
+    experts = 2 * 8 * 3 * 4 * 4 * 4
+    assert [done for done, _ in heard] == list(range(64, experts + 1, 64))
+    assert {total for _, total in heard} == {experts + 2 * 8 * 4 * 4}, "the routers' rows count, too"
+    heard.clear()
+    make_plan(*plain, strategy="router-norm", experts=3, advance=lambda done, total: heard.append((done, total)))
+    assert not heard
+
+
+@pytest.mark.parametrize("strategy", ["hope", "gram"])
+def test_experts_that_lose_much_together_are_parted(plain: Model, strategy: str) -> None:
+    """Alone 0 and 1 lose least; together they lose more than one of them and 2."""
+    loss = np.diag([1.0, 1, 2, 9, 9, 9, 9, 9])
+    loss[0, 1] = loss[1, 0] = 5
+    made = profile(plain, {strategy_sum(strategy): loss[np.tril_indices(8)][None]})
+    assert kept(make_plan(*plain, strategy=strategy, experts=6, profile=made))[0] == (0, 3, 4, 5, 6, 7)
+    plan = make_plan(*plain, strategy=strategy, experts=6, profile=made, protect=["1"])
+    assert kept(plan)[0] == (1, 3, 4, 5, 6, 7)
+
+
+@pytest.mark.parametrize("strategy", ["hope", "gram"])
+def test_domain_weights_need_pairs_by_domain(plain: Model, strategy: str) -> None:
+    made = rising(plain)
+    with pytest.raises(ProfileError, match=f"{strategy_sum(strategy)}: statistics of pairs are pooled") as caught:
+        make_plan(*plain, strategy=strategy, experts=4, profile=made, domain_weights={"code": 1})
+    assert caught.value.hint == "profile again with --pair-domains"
+    same = make_plan(*plain, strategy=strategy, experts=4, profile=made, domain_weights={"code": 2, "prose": 2})
+    assert kept(same) == kept(make_plan(*plain, strategy=strategy, experts=4, profile=made))
+    halves = np.stack([np.diag(order)[np.tril_indices(8)] for order in (np.arange(8.0), 2 * np.arange(8.0)[::-1])])
+    by_domain = profile(plain, {strategy_sum(strategy): halves}, pair_domains=True)
+    for weights, best in ((None, (0, 1)), ({"code": 1}, (6, 7)), ({"code": 3, "prose": 1}, (6, 7))):
+        plan = make_plan(*plain, strategy=strategy, experts=2, profile=by_domain, domain_weights=weights)
+        assert kept(plan)[0] == best
+
+
+def strategy_sum(strategy: str) -> str:
+    return "coenergy" if strategy == "hope" else strategy
+
+
+@pytest.mark.parametrize(
+    ("strategy", "message", "hint"),
+    [
+        ("mone", "out_sum: it was made without --moments", "profile again with --moments"),
+        ("easy-ep", "contribution_sum: it was made before .* not plainly added", "use another --strategy, such as"),
+        ("unified:1,2", "gate_norm_sq_sum: it was made before", "profile again: expertcut profile MODEL -o PROFILE"),
+    ],
+)
+def test_a_profile_that_lacks_what_the_strategy_needs(plain: Model, strategy: str, message: str, hint: str) -> None:
+    with pytest.raises(ProfileError, match=rf"the profile has no model\.layers\.0\.mlp/{message}") as caught:
+        make_plan(*plain, strategy=strategy, experts=4, profile=profile(plain, {"count": ASCENDING}))
+    assert str(caught.value.hint).startswith(hint)
 
 
 def test_random_differs_by_layer_and_seed(plain: Model) -> None:
@@ -163,7 +233,7 @@ def test_provenance_says_how_and_not_when(plain: Model) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"strategy": "reap"}, "strategy reap needs --profile; strategies that need none: random, odd, .*router-norm$"),
+        ({"strategy": "reap"}, "strategy reap needs --profile; strategies that need none: random, odd, .*aimer$"),
         ({"strategy": "odd", "protect_super": True}, "protecting super experts needs --profile"),
         ({"strategy": "odd", "domain_weights": {"code": 1}}, "domain weights have no effect on strategy odd"),
         ({"strategy": "odd", "top_k": 0}, "--top-k 0: expected 1 or more"),

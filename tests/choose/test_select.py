@@ -22,12 +22,12 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
     for group in range(n_group):
         ids = st.sets(st.integers(group * size, (group + 1) * size - 1), max_size=quota)
         protected.extend(draw(ids))
-    return {"scores_E": np.array(scores), "experts": quota * n_group, "n_group": n_group, "protected": protected}
+    return {"found": np.array(scores), "experts": quota * n_group, "n_group": n_group, "protected": protected}
 
 
 @given(cases())
 def test_what_is_kept(case: dict[str, Any]) -> None:
-    scores, n_group = case["scores_E"], case["n_group"]
+    scores, n_group = case["found"], case["n_group"]
     before = scores.copy()
     kept = select_experts(**case, layer=0)
     assert list(kept) == sorted(set(kept))
@@ -41,10 +41,20 @@ def test_what_is_kept(case: dict[str, Any]) -> None:
                 assert (scores[winner], -winner) > (scores[loser], -loser)
 
 
+@given(cases(), st.integers(0, 2**32))
+def test_what_is_kept_of_experts_that_count_together(case: dict[str, Any], seed: int) -> None:
+    vectors = np.random.default_rng(seed).normal(size=(case["found"].size, 5))
+    losses, n_group = vectors @ vectors.T, case["n_group"]
+    kept = select_experts(**case | {"found": losses}, layer=0)
+    assert list(kept) == sorted(set(kept)) and set(case["protected"]) <= set(kept)
+    for group in np.arange(len(losses)).reshape(n_group, -1).tolist():
+        assert len(set(group) & set(kept)) == case["experts"] // n_group
+
+
 @given(cases(), st.floats(0.001, 1000))
 def test_scaling_scores_changes_nothing(case: dict[str, Any], factor: float) -> None:
-    integral = case | {"scores_E": np.round(case["scores_E"])}
-    scaled = integral | {"scores_E": integral["scores_E"] * factor}
+    integral = case | {"found": np.round(case["found"])}
+    scaled = integral | {"found": integral["found"] * factor}
     assert select_experts(**integral, layer=0) == select_experts(**scaled, layer=0)
 
 
@@ -74,6 +84,13 @@ def test_protection_beyond_a_groups_share_names_the_group() -> None:
     with pytest.raises(PlanError, match=r"^layer 7, group 1 of 2: 3 experts are protected, but only 2") as caught:
         select_experts(np.zeros(8), 4, n_group=2, protected=[4, 5, 7], layer=7)
     assert caught.value.hint == "keep at least 6 experts or protect fewer"
+
+
+def test_losses_that_are_no_numbers_are_refused() -> None:
+    losses = np.zeros((3, 3))
+    losses[1, 2] = losses[2, 1] = np.nan
+    with pytest.raises(PlanError, match=r"^layer 7: the loss of experts 1, 2 is nan, expected a finite number$"):
+        select_experts(losses, 1, layer=7)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
