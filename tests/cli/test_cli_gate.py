@@ -152,3 +152,40 @@ def test_an_early_profile_without_a_sketch_still_serves(
     assert cli(*more, "-o", tmp_path / "other").code == 0
     assert cli("merge", tmp_path / "early", tmp_path / "other", "-o", tmp_path / "both").code == 0
     assert Profile.load(tmp_path / "both").sketch is None
+
+
+def test_the_best_of_all_criteria_and_what_evolves_from_them(
+    cli: Cli, demo_model: Path, profiled: Path, tmp_path: Path
+) -> None:
+    plan = tmp_path / "plan.json"
+    ran = cli(
+        "plan", demo_model, "--profile", profiled, "--strategy", "auto", "--keep", 0.5, *DATA, "--evolve", 1, "-o",
+        plan, "--json",
+    )  # fmt: skip
+    found = ran.document["searched"]
+    tried = {one["name"]: one["loss"] for one in found["candidates"]}
+    assert {"reap", "energy", "hope", "gram", "aimer"} <= tried.keys() and "random" not in tried
+    assert "mone is left out" in ran.err
+    assert found["chosen"] == min(tried, key=lambda name: tried[name])
+    assert any(name.startswith("generation 1") for name in tried)
+    report = {one["name"]: one["value"] for one in found["report"]}
+    assert report[found["chosen"]] < min(value for name, value in report.items() if name.startswith("random"))
+    assert {len(entry.kept) for entry in Plan.load(plan).layers.values()} == {16}
+    assert "was chosen by how it does on" in cli("eval", demo_model, "--plan", plan, *DATA).err
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        (["--strategy", "auto", "--keep", "0.5"], "--strategy auto needs --data"),
+        (["--strategy", "auto", "--keep", "0.5", *DATA], "--strategy auto needs --profile"),
+        (["--strategy", "odd", "--keep", "0.5", "--evolve", "2"], "--evolve needs --data"),
+        (["--top-k", "2", "--evolve", "2", *DATA], "--evolve needs --strategy"),
+        (["--strategy", "odd", "--keep", "0.5", "--by", "kl"], "--by has an effect with --strategy auto or --evolve"),
+        (["--strategy", "odd", "--keep", "0.5", "--evolve", "1", "--by", "time", *DATA], "--by time: unknown"),
+    ],
+)
+def test_searches_that_cannot_be(options: list[str], what: str, cli: Cli, demo_model: Path, tmp_path: Path) -> None:
+    ran = cli("plan", demo_model, *options, "-o", tmp_path / "plan.json")
+    assert what in ran.err and ran.code == 2
+    assert not (tmp_path / "plan.json").exists()
