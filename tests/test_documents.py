@@ -26,7 +26,10 @@ def commands_in_documents() -> dict[str, set[str]]:
     return used
 
 
-@pytest.mark.parametrize("name", ["inspect", "profile", "merge", "show", "plan", "prune", "verify", "eval", "demo"])
+COMMANDS = ("inspect", "profile", "merge", "show", "plan", "prune", "verify", "eval", "sweep", "demo")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
 def test_commands_and_options_in_the_documents_exist(name: str) -> None:
     options = commands_in_documents()[name]
     code = "from expertcut.cli import main; main()"

@@ -21,12 +21,13 @@ from expertcut.cli.plan import plan
 from expertcut.cli.profile import profile
 from expertcut.cli.prune import prune
 from expertcut.cli.show import show
+from expertcut.cli.sweep import sweep
 from expertcut.cli.verify import verify
 from expertcut.errors import ExpertcutError
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "inspect": inspect, "profile": profile, "merge": merge, "show": show, "plan": plan, "prune": prune,
-    "verify": verify, "eval": evaluate, "demo": demo,
+    "verify": verify, "eval": evaluate, "sweep": sweep, "demo": demo,
 }  # fmt: skip
 # Wherever the installed typer keeps click: the base of BadParameter is UsageError, whose base is ClickException.
 _CLICK_ERROR: type[Exception] = typer.BadParameter.__mro__[2]
