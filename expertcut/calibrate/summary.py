@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from expertcut.calibrate.profile import LayerStats
+from expertcut.calibrate.stats import LayerStats
 
 
 @dataclass(frozen=True)
