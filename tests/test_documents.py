@@ -5,11 +5,13 @@ import re
 import subprocess
 import sys
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import expertcut
+from expertcut.choose.criteria import CRITERIA, FAMILY, get_criterion
 from expertcut.model import BY_TYPE, FAMILIES, REFUSED
 from expertcut.runtimes.rules import READ, RULES, RUNTIMES
 
@@ -64,6 +66,18 @@ def test_every_family_and_every_refused_type_is_listed(repo: Path) -> None:
     assert dict(rows) == expected
     famous = re.findall(r"^\| `(\w+)` \|", (repo / "README.md").read_text(), re.MULTILINE)
     assert set(famous) <= BY_TYPE.keys()
+
+
+def test_every_criterion_is_listed_with_its_paper_and_what_it_needs(repo: Path) -> None:
+    text = (repo / "docs/criteria.md").read_text()
+    rows = re.findall(r"^\| `([^`]+)` \| .+ \| ([^|]+) \| ([^|]+) \|$", text, re.MULTILINE)
+    listed = {name: (needs, source) for name, needs, source in rows}
+    assert len(rows) == len(listed) and listed.keys() == {*CRITERIA, FAMILY}
+    for criterion in (*CRITERIA.values(), replace(get_criterion("unified:1,1"), name=FAMILY)):
+        needs, source = listed[criterion.name]
+        kind = "profile" if criterion.needs_profile else "weights" if criterion.needs_weights else "–"
+        assert kind in needs, criterion.name
+        assert (criterion.paper or source) in source, criterion.name
 
 
 def test_every_rule_of_the_runtimes_is_listed(repo: Path) -> None:

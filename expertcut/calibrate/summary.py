@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from expertcut.calibrate.profile import LayerStats
+from expertcut.calibrate.stats import LayerStats
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from expertcut.errors import UsageError
 
 if TYPE_CHECKING:
-    from expertcut.calibrate.profile import LayerStats
+    from expertcut.calibrate.stats import LayerStats
     from expertcut.choose.weights import WeightStats
 
 Scores = NDArray[np.float64]

@@ -17,7 +17,8 @@ from expertcut.errors import UsageError
 from expertcut.model import Geometry
 
 if TYPE_CHECKING:
-    from expertcut.calibrate.profile import LayerStats, Profile
+    from expertcut.calibrate.profile import Profile
+    from expertcut.calibrate.stats import LayerStats
 
 FORM = "expected four numbers b,h,e,p: top-k of the first layer, of layer p, of the last layer, and p"
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from expertcut.calibrate.profile import LayerStats
+from expertcut.calibrate.stats import LayerStats
 from expertcut.calibrate.summary import summarise_layer
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from expertcut.calibrate.profile import MAXIMA_E, SUMS_E, BlockRecord, DataRecord, LayerStats, Profile, ProfileMeta
+from expertcut.calibrate.profile import MAXIMA_E, SUMS_E, BlockRecord, DataRecord, Profile, ProfileMeta
+from expertcut.calibrate.stats import LayerStats
 from expertcut.checkpoint import Checkpoint, open_checkpoint
 from expertcut.choose import LayerPlan, Plan, Source
 from expertcut.model import Fingerprint, Geometry, MoeBlock, fingerprint, resolve_family
