@@ -57,6 +57,11 @@ class Passage:
         self.carried.append(list(self.carried[track]))
         return len(self.hidden) - 1
 
+    def drop(self, track: int) -> None:
+        """Forget the last track."""
+        assert track == len(self.hidden) - 1
+        del self.hidden[track], self.carried[track]
+
     def step(self, index: int, layer: nn.Module, track: int = 0, observer: Watcher | None = None) -> None:
         """Take every micro-batch of a track through one layer."""
         at = 0

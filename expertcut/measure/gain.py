@@ -112,17 +112,14 @@ def _through(stream: LayerStream, passage: Passage, track: int, index: int, base
     if experts is None:
         passage.step(index, layer, track)
         return 1.0
-    inner, fit = base.get_submodule(experts), _Fit()
-    hidden, carried = list(passage.hidden[track]), list(passage.carried[track])
+    inner, fit, trial = base.get_submodule(experts), _Fit(), passage.branch(track)
     with fit.watching(inner):
-        passage.step(index, _Both(base, layer), track, fit)
-    gain = fit.gain
-    if gain != 1.0:
-        passage.hidden[track], passage.carried[track] = hidden, carried
-        hook = inner.register_forward_hook(lambda module, args, out: out * gain)
-        passage.step(index, layer, track)
-        hook.remove()
-    return gain
+        passage.step(index, _Both(base, layer), trial, fit)
+    passage.drop(trial)
+    hook = inner.register_forward_hook(lambda module, args, out: out * fit.gain)
+    passage.step(index, layer, track)
+    hook.remove()
+    return fit.gain
 
 
 class _Both(nn.Module):

@@ -12,6 +12,7 @@ from tiny_models import silent, tiny_model, tokens
 from tiny_types import tiny_type
 
 from expertcut.calibrate.data import load_calibration
+from expertcut.calibrate.passage import Passage
 from expertcut.calibrate.run import ProfileOptions
 from expertcut.calibrate.tokenizer import load_tokenizer
 from expertcut.checkpoint import open_checkpoint
@@ -91,6 +92,31 @@ def test_padding_counts_for_nothing(tmp_path_factory: pytest.TempPathFactory) ->
         for size in (10_000, 1)
     )  # fmt: skip
     assert list(together.values()) == pytest.approx(list(alone.values()), abs=1.1e-4)
+
+
+def test_running_out_of_memory_changes_no_gain(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Micro-batches are halved on the way, also between the two runs of a layer."""
+    model = Model(tiny_model("qwen3_moe", tmp_path_factory))
+    plans, run, refused = {"a": model.fewer(1), "b": model.fewer(2)}, Passage._run, list[int]()
+
+    def fit() -> dict[str, dict[str, float]]:
+        data = tokens((20, 20, 20, 20), seed=9)
+        return fit_gains(model.checkpoint, model.geometry, plans, data, OPTIONS, notify=silent, advance=silent)
+
+    def tight(self: Passage, index: int, layer: Any, track: int, at: int, watcher: Any) -> None:
+        if len(self.prepared[at].batch.rows) > 4 - track:
+            refused.append(track)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        run(self, index, layer, track, at, watcher)
+
+    whole = fit()
+    monkeypatch.setattr(Passage, "_run", tight)
+    halved = fit()
+    assert refused
+    for name in plans:
+        assert list(halved[name].values()) == pytest.approx(list(whole[name].values()), abs=1.1e-4)
 
 
 def test_gains_that_help_are_kept_and_others_are_not(demo_model: Path, tmp_path: Path) -> None:
