@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _grouped_linear
 
-from expertcut.calibrate.residual import Stream
+from expertcut.calibrate.residual import ResidualStream
 from expertcut.calibrate.sums import BlockSums, Routed
 from expertcut.errors import CheckpointError
 from expertcut.model.families import Scoring
@@ -73,7 +73,7 @@ def observed_experts(
     sum_TH = weighted_TKH.sum(dim=1).to(hidden_states.dtype)
     if observer is not None and act_S is not None:
         out = None if plain_SH is None else plain_SH.view(tokens, top_k, -1)
-        turn = observer.stream.turn(hidden_states, sum_TH) if observer.stream else None
+        turn = observer.residual.turn(hidden_states, sum_TH) if observer.residual else None
         observer.record(top_k_index, top_k_weights, weighted_TKH, act_S.view(tokens, top_k), out, turn)
     return sum_TH
 
@@ -113,7 +113,7 @@ class Observer:
 
     def __init__(
         self, scoring: Scoring, sums: BlockSums, router: nn.Module, bias: torch.Tensor | None, experts: nn.Module,
-        stream: Stream | None,
+        residual: ResidualStream | None,
     ) -> None:  # fmt: skip
         self.scoring, self.sums, self.moments = scoring, sums, sums.moments is not None
         self._bias = bias
@@ -122,7 +122,7 @@ class Observer:
         self._pending: Routed | None = None
         self.domain_T: torch.Tensor | None = None
         """Domain of each token of the coming micro-batch, −1 for padding; set by the caller."""
-        self._experts, self.stream = experts, stream
+        self._experts, self.residual = experts, residual
         experts.__dict__["_expertcut_observer"] = self
         self._hook = router.register_forward_hook(self._on_router)
 
@@ -176,8 +176,8 @@ class Observer:
     def close(self) -> None:
         """Detach from the model."""
         self._hook.remove()
-        if self.stream is not None:
-            self.stream.close()
+        if self.residual is not None:
+            self.residual.close()
         self._experts.__dict__.pop("_expertcut_observer", None)
 
 

@@ -31,7 +31,7 @@ FACTORS = {
 """Model type → config key of c, where it is not 1."""
 
 
-class Stream:
+class ResidualStream:
     """Watches the residual stream of one decoder layer."""
 
     def __init__(self, layer: nn.Module, block: str, factor: float) -> None:
@@ -68,13 +68,13 @@ class Stream:
             self._last = entered, output
 
 
-def open_residual(layer: nn.Module, experts: str, config: PreTrainedConfig) -> Stream | None:
+def open_residual(layer: nn.Module, experts: str, config: PreTrainedConfig) -> ResidualStream | None:
     """Watch the residual stream of a decoder layer; None in model types where the experts' sum joins it otherwise."""
     text: Any = config.get_text_config()
     if text.model_type in ELSEWHERE:
         return None
     key = FACTORS.get(text.model_type)
-    return Stream(layer, experts.rpartition(".")[0], 1.0 if key is None else float(getattr(text, key)))
+    return ResidualStream(layer, experts.rpartition(".")[0], 1.0 if key is None else float(getattr(text, key)))
 
 
 def _products(h_TH: torch.Tensor, y_TH: torch.Tensor) -> torch.Tensor:

@@ -236,13 +236,14 @@ def easy_ep(stats: LayerStats) -> Scores:
 
 @criterion("mone", paper="arXiv:2507.00390", needs=("out_sum", "out_sq_sum_h", "count", "gate_sum"))
 def mone(stats: LayerStats) -> Scores:
-    """Norm of the outputs' standard deviation, times the gate weight per token of the layer. (E,) float64.
+    """Norm of the outputs' standard deviation, times the sum of the gate weights. (E,) float64.
 
-    The deviation is elementwise, over the routed tokens; the source divides by one token less.
+    The deviation is elementwise, over the routed tokens. The source divides it by one token less, and the sum by all
+    tokens of the layer, which ranks alike.
     """
     squared_mean_E = (_mean(stats.out_sum.T, stats.count) ** 2).sum(axis=0)
     variance_E = _mean(stats.out_sq_sum_h.sum(axis=1), stats.count) - squared_mean_E
-    scores: Scores = np.sqrt(np.maximum(variance_E, 0)) * stats.gate_sum / (stats.tokens or 1.0)
+    scores: Scores = np.sqrt(np.maximum(variance_E, 0)) * stats.gate_sum
     return scores
 
 

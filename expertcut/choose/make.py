@@ -193,11 +193,12 @@ def _judged(
 
 def _counted(advance: Advance, checkpoint: Checkpoint, geometry: Geometry) -> Tell:
     """Return what adds up the bytes of weights that were read, of those of all experts, and passes them on."""
-    total = sum(geometry.expert_nbytes(checkpoint, block.prefix) * block.experts for block in geometry.trunk)
-    done = 0
+    done = total = 0
 
     def tell(nbytes: int) -> None:
-        nonlocal done
+        nonlocal done, total
+        if not total:
+            total = sum(geometry.expert_nbytes(checkpoint, block.prefix) * block.experts for block in geometry.trunk)
         done += nbytes
         advance(done, total)
 

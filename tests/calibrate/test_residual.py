@@ -147,6 +147,15 @@ def test_what_the_layer_multiplies_their_sum_by(
     check(found, contributions(name, tmp_path / "model"))
 
 
+def test_experts_in_a_space_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What they return is not what joins the stream."""
+    monkeypatch.setitem(TWEAKS, "nemotron_h", TWEAKS["nemotron_h"] | {"moe_latent_size": 16})
+    build("nemotron_h").save_pretrained(tmp_path / "model")
+    found = profile(tmp_path / "model", DATA, tmp_path / "profile")
+    assert found.layer(found.prefixes[0]).norm_sum.max() > 0
+    assert not any(key.endswith(CONTRIBUTION) for key in found.arrays)
+
+
 def test_the_package_lists_what_is_tested_here() -> None:
     def text_types(names: Iterable[str]) -> set[str]:
         return {tiny_config(name).get_text_config().model_type for name in names}

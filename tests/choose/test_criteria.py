@@ -14,8 +14,8 @@ from expertcut.choose.criteria import CRITERIA, FAMILY, OF_WEIGHTS, PatternStats
 from expertcut.choose.weights import WeightStats
 from expertcut.errors import UsageError
 
-# Expert 0 serves two tokens, (g, ‖f‖) = (0.5, 2) and (0.25, 4); expert 1 one, (1, 3); expert 2 none. The tokens are
-# four in all; both experts serve one of them, where their outputs are orthogonal. The outputs of expert 0 are (2, 0)
+# Expert 0 serves two tokens, (g, ‖f‖) = (0.5, 2) and (0.25, 4); expert 1 one, (1, 3); expert 2 none. One
+# token is served by both, where their outputs are orthogonal. The outputs of expert 0 are (2, 0)
 # and (0, 4), the residual streams turn by 0.5 and 0.25 there, and by 1 where expert 1 serves.
 STATS = layer_stats(
     count=[2, 1, 0],
@@ -32,7 +32,6 @@ STATS = layer_stats(
     out_sq_sum_h=[[4, 16], [9, 0], [0, 0]],
     coenergy=[[2, 3, 0], [3, 9, 0], [0, 0, 0]],
     gram=[[2, 0, 0], [0, 9, 0], [0, 0, 0]],
-    tokens=4,
 )
 BY_HAND: dict[str, list[Any]] = {
     "frequency": [2, 1, 0],
@@ -46,7 +45,7 @@ BY_HAND: dict[str, list[Any]] = {
     "msan": [10, 9, 0],
     "energy": [2, 9, 0],
     "easy-ep": [0.75, 3, 0],
-    "mone": [5**0.5 * 0.75 / 4, 0, 0],
+    "mone": [5**0.5 * 0.75, 0, 0],
     "hope": [[2, 3, 0], [3, 9, 0], [0, 0, 0]],
     "gram": [[2, 0, 0], [0, 9, 0], [0, 0, 0]],
 }
@@ -73,7 +72,7 @@ def test_every_data_criterion_has_a_case_by_hand() -> None:
 def test_needs_name_what_is_read(name: str) -> None:
     """Of statistics of experts a criterion reads those that it declares, and no other."""
     criterion = get_criterion(name)
-    only = SimpleNamespace(**{need: getattr(STATS, need) for need in criterion.needs}, tokens=STATS.tokens)
+    only = SimpleNamespace(**{need: getattr(STATS, need) for need in criterion.needs})
     np.testing.assert_array_equal(criterion.score(only), criterion.score(STATS))
 
 
@@ -100,12 +99,15 @@ def test_members_that_profiles_hold_no_sums_for(name: str) -> None:
     assert caught.value.hint == "for example --strategy unified:1,2,sum"
 
 
-@pytest.mark.parametrize("name", ["gate-mean", "ean-mean", "reap", "msan", "mone", "unified:1,2"])
-def test_means_do_not_change_when_domain_weights_scale_all_sums(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "factor"),
+    [("gate-mean", 1), ("ean-mean", 1), ("reap", 1), ("msan", 1), ("unified:1,2", 1), ("soft", 8), ("mone", 8)],
+)
+def test_means_do_not_change_when_domain_weights_scale_all_sums(name: str, factor: int) -> None:
     """Weights make counts fractional; a guard such as max(N, 1) would then divide by the wrong number."""
     criterion = get_criterion(name)
-    scaled = layer_stats(**{need: getattr(STATS, need) / 8 for need in (*criterion.needs, "tokens")})
-    np.testing.assert_array_equal(criterion.score(scaled), criterion.score(STATS))
+    scaled = layer_stats(**{need: getattr(STATS, need) / 8 for need in criterion.needs})
+    np.testing.assert_array_equal(factor * criterion.score(scaled), criterion.score(STATS))
 
 
 def test_criteria_of_weights() -> None:
