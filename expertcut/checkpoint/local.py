@@ -43,15 +43,16 @@ def _open(root: Path, name: str) -> Checkpoint:
     weight_map = read_index(index) if index else None
     tensors: dict[str, TensorInfo] = {}
     shards: dict[str, int] = {}
+    metadata: dict[str, dict[str, str]] = {}
     for shard in sorted(set(weight_map.values())) if weight_map else [_single_file(root)]:
-        found, _ = read_header(_shard_path(root, shard, index), shard)
+        found, metadata[shard] = read_header(_shard_path(root, shard, index), shard)
         _add(tensors, found, root)
         shards[shard] = (root / shard).stat().st_size
     if index and weight_map is not None:
         _check_index(index, weight_map, tensors)
     if not tensors:
         raise CheckpointError(f"{root / next(iter(shards))}: holds no tensors")
-    return Checkpoint(name, root, config, tensors, shards, index is not None, list_companions(root))
+    return Checkpoint(name, root, config, tensors, shards, index is not None, list_companions(root), metadata)
 
 
 def find_index(root: Path) -> Path | None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,8 @@ class Checkpoint:
     """True if there is a `model.safetensors.index.json`."""
     companions: tuple[str, ...]
     """Every other file (tokenizer, licence, code …), relative names, sorted; without config, index and weights."""
+    metadata: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """By shard: what its header says about itself, such as `{"format": "pt"}`."""
 
     @property
     def public_name(self) -> str:

@@ -47,8 +47,8 @@ def prune(
         bool,
         typer.Option(
             "--link",
-            help="Share the weights' files with the source (hard links), if only the config changes: whoever "
-            "edits one in place edits both.",
+            help="Hard-link the files of weights, if only the config changes: no copy, no space. Whoever edits "
+            "one checkpoint in place then edits both; deleting one is harmless.",
         ),
     ] = False,
     max_shard_size: Annotated[
@@ -130,27 +130,27 @@ def _preview(
     from expertcut.cli.planning import outcome
     from expertcut.cli.tables import facts, size, table
     from expertcut.rewrite.config import describe
-    from expertcut.rewrite.destination import check_replaceable, check_space
+    from expertcut.rewrite.destination import check_replaceable
     from expertcut.rewrite.writer import prepare
 
     job = prepare(checkpoint, geometry, plan, writing.out_dir, writing.shard_size, writing.link)
     check_replaceable(job.target, writing.force)
-    try:
-        check_space(job.target, job.needed)
-    except DestinationError as error:  # a plan for another machine's disk is worth showing
-        out.warn(f"{error.message}; {error.hint}")
+    for check in (job.check_room, job.check_links):
+        try:
+            check()
+        except DestinationError as error:  # a plan for another machine's disk is worth showing
+            out.warn(f"{error.message}; {error.hint}")
     layout, files = job.layout, job.files
     edits = [{"key": ".".join(edit.path), "old": edit.old, "new": edit.new} for edit in layout.edits]
     result = outcome(checkpoint, geometry, plan)
     document = {"dry_run": True, "out": str(writing.out_dir), "model": checkpoint.name, "files": files,
-                "whole_shards": layout.whole, "bytes_to_write": job.needed, "bytes_in_memory": layout.in_memory,
+                "taken": job.taken, "bytes_to_write": job.needed, "bytes_in_memory": layout.in_memory,
                 "config": edits, "gate": gate_record(judged), **result.members}  # fmt: skip
-    taken = "linked to the source's" if writing.link else "the source's, cloned where blocks can be shared"
     rows: list[tuple[str, object]] = [
         *(("gate", judgement) for judgement in judged),
-        ("would write", f"{size(job.needed)} in {len(files)} files to {writing.out_dir}"),
-        ("files of weights", taken)
-        if layout.whole
+        ("would write", f"{size(job.needed)} in {len(job.written)} files to {writing.out_dir}"),
+        ("shards", f"{len(layout.shards)}, the source's, {job.taken}")
+        if job.taken
         else ("through memory", f"{size(layout.in_memory)} of changed tensors; the kernel copies the rest"),
         ("config.json", ", ".join(map(describe, layout.edits)) or "unchanged"),
     ]
@@ -184,12 +184,12 @@ def _prune(
     result = outcome(checkpoint, geometry, plan)
     document = {**asdict(done), "out": str(out_dir), "model": checkpoint.name, "gate": gate_record(judged),
                 "checks": records(checks), **result.members}  # fmt: skip
-    rate = f", {format_size(int(done.nbytes_written / done.seconds))}/s" if done.seconds else ""
+    rate = f", {format_size(int(done.nbytes_written / done.seconds))}/s" if done.nbytes_written else ""
     rows: list[tuple[str, object]] = [
         *(("gate", judgement) for judgement in judged),
         ("written", f"{out_dir}{', resumed' if done.resumed else ''}"),
-        ("shards", f"{done.shards}, {done.taken} whole" if done.taken else done.shards),
-        ("time", f"{done.seconds:.2f} s{rate if done.nbytes_written else ''}, synced to disk"),
+        ("shards", f"{done.shards}, the source's, {done.taken}" if done.taken else done.shards),
+        ("time", f"{done.seconds:.2f} s{rate}, synced to disk"),
     ]
     parts: list[RenderableType] = [checks_table(checks), ""] if checks else []
     out.finish(document, facts(rows + result.rows), "", *parts, result.lint)

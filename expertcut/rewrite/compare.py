@@ -81,6 +81,9 @@ def survivors(
             yield Survivor(name, old, shape, ids, prod(before) // role.sets, factor=factors.get(name))
         elif isinstance(role, Remapped):
             block = geometry.blocks[role.block]
+            if len(kept[role.block]) == block.experts and old.shape[-1] <= top_k[block.layer]:
+                yield Survivor(name, old, old.shape)
+                continue
             who = stand_ins(read_array(source, block.router), kept[role.block])
             yield Survivor(name, old, (old.shape[0], min(top_k[block.layer], *old.shape[1:])), remap=who)
         else:
@@ -144,8 +147,8 @@ def wrong_files(ckpt: Checkpoint, expected: Mapping[str, bytes]) -> Iterator[str
 def _equal(survivor: Survivor, found: TensorInfo, old: _Reader, new: _Reader) -> bool:
     source = survivor.source
     changes = survivor.remap is not None or survivor.factor is not None
-    one_place = (source.start, source.nbytes) == (found.start, found.nbytes)
-    if not changes and one_place and old.identity(source.shard) == new.identity(found.shard):
+    same_place = (source.start, source.nbytes) == (found.start, found.nbytes)
+    if not changes and same_place and os.path.samestat(old.status(source.shard), new.status(found.shard)):
         return True  # one file under two names
     if survivor.remap is not None:
         before = table_of_ids(old.read(source.shard, source.start, source.nbytes).tobytes(), source)
@@ -217,10 +220,9 @@ class _Reader(Folder):
         super().__init__(root)
         self._buffer: Bytes = np.empty(BUFFER, np.uint8)
 
-    def identity(self, name: str) -> tuple[int, int]:
-        """What no two files have in common."""
-        status = os.fstat(self.open(name))
-        return status.st_dev, status.st_ino
+    def status(self, name: str) -> os.stat_result:
+        """What the system says of a file."""
+        return os.fstat(self.open(name))
 
     def buffered(self, name: str, offset: int, nbytes: int) -> Bytes:
         """At most BUFFER bytes, valid until the next call."""

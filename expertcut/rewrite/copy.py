@@ -18,11 +18,11 @@ from typing import Self
 
 import numpy as np
 
-from expertcut.errors import CheckpointError, DestinationError
+from expertcut.errors import CheckpointError
 from expertcut.model.hashing import remap, table_of_ids
 from expertcut.rewrite.files import Folder
 from expertcut.rewrite.gain import rescaled
-from expertcut.rewrite.kernel import UNSUPPORTED, clone, reserve
+from expertcut.rewrite.kernel import UNSUPPORTED, reserve
 from expertcut.rewrite.layout import Move, OutShard, OutTensor
 
 STEP = 16 * 2**20
@@ -134,7 +134,7 @@ def write_shard(
         CheckpointError: a source shard ends early or cannot be opened.
         OSError: the destination does not take it.
     """
-    file = _create(path)
+    file = create_file(path)
     try:
         reserve(file, shard.nbytes)
         write_all(file, shard.header, 0)
@@ -152,42 +152,10 @@ def write_shard(
     return back.finish(file)
 
 
-def take_shard(root: Path, shard: OutShard, path: Path, link: bool, copier: Copier, advance: Advance) -> str:
-    """Take over a shard under `root` whole: `linked` if `link` says so, else `cloned` where blocks can be shared, else
-    `copied`. The result says which; the file is safe on disk.
-
-    Raises:
-        CheckpointError: the source's shard is shorter than it was.
-        DestinationError: the file system cannot link to it.
-        OSError: the destination does not take it.
-    """
-    assert shard.whole is not None
+def create_file(path: Path) -> int:
+    """Open a new file for writing; what has its name is not overwritten but loses it, as it may be a link."""
     path.unlink(missing_ok=True)
-    if link:
-        _link(root / shard.whole, path)
-        advance(shard.nbytes)
-        return "linked"
-    with _Sources(root) as sources, _created(path) as file:
-        source = sources.open(shard.whole)
-        cloned = os.fstat(source).st_size == shard.nbytes and clone(source, file)
-        if cloned:
-            advance(shard.nbytes)
-        else:
-            reserve(file, shard.nbytes)
-            for copied in _move(sources, Move(shard.whole, 0, shard.nbytes), file, 0, copier):
-                advance(copied)
-        os.fsync(file)
-    return "cloned" if cloned else "copied"
-
-
-def _link(source: Path, path: Path) -> None:
-    try:
-        os.link(os.path.realpath(source), path)
-    except OSError as error:
-        if error.errno in UNSUPPORTED | {errno.EXDEV, errno.EMLINK}:
-            other = "is on another file system" if error.errno == errno.EXDEV else f"cannot be linked: {error.strerror}"
-            raise DestinationError(f"{source}: {other}", "leave out --link, or name a directory beside it") from error
-        raise
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
 
 
 def copy_file(root: Path, name: str, nbytes: int, path: Path) -> None:
@@ -218,13 +186,9 @@ def write_all(file: int, data: bytes | memoryview, at: int) -> None:
         at, rest = at + written, rest[written:]
 
 
-def _create(path: Path) -> int:
-    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
-
-
 @contextlib.contextmanager
 def _created(path: Path) -> Iterator[int]:
-    file = _create(path)
+    file = create_file(path)
     try:
         yield file
     finally:

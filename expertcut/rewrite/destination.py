@@ -11,7 +11,7 @@ import errno
 import os
 import shlex
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from expertcut.checkpoint import Checkpoint
@@ -63,21 +63,29 @@ def check_replaceable(target: Path, force: bool) -> None:
         raise DestinationError(f"{target}: exists", "name a new directory, or replace it with --force")
 
 
-def check_space(target: Path, needed: int) -> None:
-    """Compare the bytes to write with the free space, counting in what an unfinished run holds already.
+def existing_parent(target: Path) -> Path:
+    """Return the folder of the destination, or what is there of the way to it."""
+    return next(folder for folder in target.parents if folder.exists())
+
+
+def check_space(target: Path, needed: int, held: int) -> None:
+    """Compare the bytes to write with the free space, counting in the bytes of them that an unfinished run holds.
 
     Raises:
         DestinationError: too little.
     """
-    folder = target.parent
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free + _allocated(partial_folder(target))
+    folder = existing_parent(target)
+    free = shutil.disk_usage(folder).free + held
     if needed > free:
         raise DestinationError(
             f"{folder}: {format_size(needed)} needed, {format_size(free)} free",
             f"free {format_size(needed - free)} or name a directory on another disk",
         )
+
+
+def allocated(files: Iterable[Path]) -> int:
+    """Return the bytes of disk that files hold, as far as they are there."""
+    return sum(file.lstat().st_blocks * 512 for file in files if os.path.lexists(file))
 
 
 def publish(made: Path, target: Path, force: bool) -> None:
@@ -136,8 +144,3 @@ def destination_errors(target: Path, needed: int) -> Iterator[None]:
                 f"rm -r {shlex.quote(str(partial_folder(target)))}",
             ) from error
         raise DestinationError(f"{error.filename or target}: cannot be written: {error.strerror}") from error
-
-
-def _allocated(folder: Path) -> int:
-    files = (Path(parent, name) for parent, _, names in os.walk(folder) for name in names)
-    return sum(file.lstat().st_blocks * 512 for file in files)

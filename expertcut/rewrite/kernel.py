@@ -38,6 +38,21 @@ def clone(source: int, target: int) -> bool:
     return True
 
 
+def can_clone(source: Path, folder: Path) -> bool:
+    """Whether a file in `folder` can share the blocks of `source`: tried, on a file that never has a name."""
+    try:
+        file = os.open(folder, getattr(os, "O_TMPFILE", 0) | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+    except OSError:
+        return False
+    try:
+        with source.open("rb") as opened:
+            return clone(opened.fileno(), file)
+    except OSError:
+        return False
+    finally:
+        os.close(file)
+
+
 def rename_new(old: Path, new: Path) -> None:
     """Rename; never replaces anything, even if it appears at the last moment (where the system can promise that).
 

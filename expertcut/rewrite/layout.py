@@ -16,15 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from expertcut.checkpoint import (
-    DTYPE_BITS,
-    Checkpoint,
-    TensorInfo,
-    build_header,
-    load_json,
-    read_array,
-    read_header,
-)
+from expertcut.checkpoint import DTYPE_BITS, Checkpoint, TensorInfo, build_header, load_json, read_array
 from expertcut.checkpoint.local import INDEX, SINGLE
 from expertcut.choose.plan import Plan, dropped_tensors, kept_by_block, numbers, validate
 from expertcut.errors import CheckpointError, UsageError
@@ -32,6 +24,7 @@ from expertcut.model import Edit, ExpertTensor, Geometry, Remapped, Sliced
 from expertcut.model.hashing import StandIns, stand_ins
 from expertcut.model.uneven import marked
 from expertcut.rewrite.config import config_bytes, differences, edit_config
+from expertcut.rewrite.fitness import unfit_shards
 from expertcut.rewrite.gain import config_gain, folded
 from expertcut.rewrite.quantization import COMPANIONS, quantization_edits, rewrite_document
 
@@ -75,6 +68,12 @@ class OutTensor:
     """What every value is multiplied by."""
 
     @property
+    def unchanged(self) -> bool:
+        """True if it is its source tensor, whole and under the same name."""
+        same = (self.name, self.shape) == (self.source.name, self.source.shape)
+        return same and self.gather is None and self.remap is None and self.factor is None
+
+    @property
     def in_memory(self) -> bool:
         """True if the tensor passes through memory instead of being copied by the kernel."""
         through = self.remap is not None or self.factor is not None
@@ -107,16 +106,19 @@ class OutShard:
     name: str
     header: bytes
     tensors: tuple[OutTensor, ...]
-    whole: str | None = None
-    """The source's shard that is taken over as it is, header included; None: written from its parts."""
+    whole: Move | None = None
+    """A shard of the source that is taken over as it is, header and all; None: written from its parts."""
 
     @property
     def nbytes(self) -> int:
         """Size of the file in bytes."""
-        return len(self.header) + sum(t.nbytes for t in self.tensors)
+        return self.whole.nbytes if self.whole else len(self.header) + sum(t.nbytes for t in self.tensors)
 
     def steps(self) -> Iterator[Move | OutTensor]:
         """What to append after the header: copies, as long as they can be, and tensors to gather in memory."""
+        if self.whole:
+            yield self.whole
+            return
         last: Move | None = None
         for tensor in self.tensors:
             if tensor.in_memory:
@@ -152,16 +154,13 @@ class Layout:
     """Contents of companions that name single experts, rewritten like the config."""
     experts: int
     top_k: int
+    wanting: str | None
+    """What is wanting for the source's shards to be taken over as they are; None: they are."""
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(t.nbytes for shard in self.shards for t in shard.tensors)
-
-    @property
-    def whole(self) -> bool:
-        """True if no tensor changes, so that the source's shards are taken over as they are."""
-        return all(shard.whole for shard in self.shards)
 
     @property
     def in_memory(self) -> int:
@@ -179,8 +178,8 @@ class Layout:
 def plan_layout(ckpt: Checkpoint, geometry: Geometry, plan: Plan, max_shard_size: int | None = None) -> Layout:
     """Lay out the checkpoint that `plan` leaves.
 
-    `max_shard_size` is bytes of tensor data per file; None: the source's shards if the plan changes no tensor, else
-    `MAX_SHARD_SIZE`.
+    `max_shard_size` is bytes of tensor data per file; None: the source's shards if the plan changes no tensor and they
+    are as runtimes expect them, else `MAX_SHARD_SIZE`.
 
     Raises:
         PlanError: the plan cannot be carried out on this geometry.
@@ -194,13 +193,14 @@ def plan_layout(ckpt: Checkpoint, geometry: Geometry, plan: Plan, max_shard_size
     kept, edits = kept_by_block(plan, geometry), config_edits(ckpt, geometry, plan)
     top_k = numbers(plan, geometry).top_k
     factors = folded(ckpt, geometry, plan)
-    tensors = out_tensors(ckpt, geometry, kept, top_k, dropped_tensors(plan, geometry), factors)
-    shards = _shards(ckpt, list(tensors), max_shard_size)
+    tensors = list(out_tensors(ckpt, geometry, kept, top_k, dropped_tensors(plan, geometry), factors))
+    wanting = _wanting(ckpt, tensors, max_shard_size)
+    shards = _packed(tensors, max_shard_size or MAX_SHARD_SIZE) if wanting else _whole_shards(ckpt, tensors)
     documents = rewritten_companions(ckpt, geometry, plan)
     companions = {name: size for name, size in _companions(ckpt).items() if name not in documents}
     return Layout(
         shards, _index(shards), edit_config(ckpt.config, edits), edits, companions, documents, plan.experts,
-        plan.top_k(geometry),
+        plan.top_k(geometry), wanting,
     )  # fmt: skip
 
 
@@ -264,44 +264,40 @@ def out_tensors(
             yield replace(_sliced(source, role, ids), factor=factors.get(name))
         elif isinstance(role, Remapped):
             block = geometry.blocks[role.block]
+            if len(kept[role.block]) == block.experts and source.shape[-1] <= top_k[block.layer]:
+                yield OutTensor(name, source, source.shape, source.nbytes)
+                continue
             yield _remapped(source, stand_ins(read_array(ckpt, block.router), kept[role.block]), top_k[block.layer])
         else:
             yield OutTensor(name, source, source.shape, source.nbytes)
 
 
-def _shards(ckpt: Checkpoint, tensors: list[OutTensor], max_shard_size: int | None) -> tuple[OutShard, ...]:
-    if max_shard_size is None and (taken := _taken_over(ckpt, tensors)):
-        return taken
-    groups = list(pack(tensors, max_shard_size or MAX_SHARD_SIZE))
-    return tuple(_shard(_shard_name(i, len(groups)), group) for i, group in enumerate(groups))
+def _wanting(ckpt: Checkpoint, tensors: Iterable[OutTensor], max_shard_size: int | None) -> str | None:
+    """What is wanting for the source's shards to be taken over as they are; None: nothing is."""
+    if max_shard_size is not None:
+        return "shards of the source's size, without --max-shard-size"
+    unchanged = {tensor.name for tensor in tensors if tensor.unchanged}
+    changed = [name for name in ckpt.tensors if name not in unchanged]
+    if changed:
+        return f"a plan that changes no tensor: {len(changed)} of {len(ckpt.tensors)} change or go, as {changed[0]}"
+    unfit = next(unfit_shards(ckpt), None)
+    return unfit and f"shards that can stay as they are: {unfit}"
 
 
-def _taken_over(ckpt: Checkpoint, tensors: Sequence[OutTensor]) -> tuple[OutShard, ...]:
-    """The source's own shards under the usual names, if every tensor stays and every file is as runtimes want it."""
-    by_shard: dict[str, list[OutTensor]] = {name: [] for name in ckpt.shards}
+def _whole_shards(ckpt: Checkpoint, tensors: Iterable[OutTensor]) -> tuple[OutShard, ...]:
+    """The source's own shards, in their order, under the usual names."""
+    groups: dict[str, list[OutTensor]] = {name: [] for name in ckpt.shards}
     for tensor in tensors:
-        if tensor != OutTensor(tensor.source.name, tensor.source, tensor.source.shape, tensor.source.nbytes):
-            return ()
-        by_shard[tensor.source.shard].append(tensor)
-    headers = {name: _raw_header(ckpt.path / name) for name in by_shard}
-    sound = all(
-        read_header(ckpt.path / name)[1].get("format") == "pt"
-        and all(t.source.start % max(1, DTYPE_BITS[t.source.dtype] // 8) == 0 for t in parts)
-        and len(headers[name]) + sum(t.nbytes for t in parts) == ckpt.shards[name]
-        for name, parts in by_shard.items()
-    )
-    if len(tensors) != len(ckpt.tensors) or not sound:
-        return ()
+        groups[tensor.source.shard].append(tensor)
     return tuple(
-        OutShard(_shard_name(i, len(by_shard)), headers[name], tuple(parts), name)
-        for i, (name, parts) in enumerate(by_shard.items())
+        OutShard(_shard_name(i, len(groups)), b"", tuple(group), Move(name, 0, ckpt.shards[name]))
+        for i, (name, group) in enumerate(groups.items())
     )
 
 
-def _raw_header(path: Path) -> bytes:
-    with path.open("rb") as file:
-        length = file.read(8)
-        return length + file.read(int.from_bytes(length, "little"))
+def _packed(tensors: Iterable[OutTensor], max_shard_size: int) -> tuple[OutShard, ...]:
+    groups = list(pack(tensors, max_shard_size))
+    return tuple(_shard(_shard_name(i, len(groups)), group) for i, group in enumerate(groups))
 
 
 def pack(tensors: Iterable[OutTensor], max_shard_size: int) -> Iterator[list[OutTensor]]:

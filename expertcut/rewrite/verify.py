@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from expertcut.checkpoint import DTYPE_BITS, Checkpoint, load_json, open_checkpoint, read_header
+from expertcut.checkpoint import Checkpoint, load_json, open_checkpoint
 from expertcut.checkpoint.local import INDEX, SINGLE
 from expertcut.choose.plan import Plan, dropped_tensors, group_best, kept_by_block, numbers, reachable, validate
 from expertcut.errors import CheckpointError, PlanError, VerifyError
@@ -19,6 +19,7 @@ from expertcut.model import Geometry, check_fingerprint, read_geometry
 from expertcut.rewrite.compare import Survivor, changed_files, changed_tensors, survivors, wrong_files, wrong_tensors
 from expertcut.rewrite.config import describe, differences, edit_config
 from expertcut.rewrite.destination import partial_folder
+from expertcut.rewrite.fitness import unfit_shards
 from expertcut.rewrite.gain import folded
 from expertcut.rewrite.layout import RECORD, config_edits, rewritten_companions
 from expertcut.rewrite.record import Record
@@ -123,12 +124,7 @@ def _wrong_files(ckpt: Checkpoint) -> Iterator[str]:
     names = [SINGLE] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
     if list(ckpt.shards) != names:
         yield f"{ckpt.path}: shards are {', '.join(ckpt.shards)}, expected {names[0]} … {names[-1]}"
-    for shard in ckpt.shards:
-        if read_header(ckpt.path / shard)[1].get("format") != "pt":
-            yield f'{ckpt.path / shard}: header metadata lacks "format": "pt"'
-    for tensor in ckpt.tensors.values():
-        if tensor.start % max(1, DTYPE_BITS[tensor.dtype] // 8):
-            yield f"{ckpt.path / tensor.shard}: tensor {tensor.name} is not aligned to its {tensor.dtype} elements"
+    yield from unfit_shards(ckpt)
     if ckpt.indexed:
         total = load_json(ckpt.path / INDEX).get("metadata", {}).get("total_size")
         if total != ckpt.nbytes:

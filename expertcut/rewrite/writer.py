@@ -19,15 +19,17 @@ import expertcut
 from expertcut.checkpoint import Checkpoint
 from expertcut.checkpoint.local import INDEX
 from expertcut.choose.plan import Plan
-from expertcut.errors import UsageError
+from expertcut.errors import DestinationError, UsageError
 from expertcut.model import Geometry, check_fingerprint
 from expertcut.rewrite.config import config_bytes
-from expertcut.rewrite.copy import Advance, Copier, WriteBack, copy_file, take_shard, write_file, write_shard
+from expertcut.rewrite.copy import Copier, WriteBack, copy_file, write_file, write_shard
 from expertcut.rewrite.destination import (
+    allocated,
     check_replaceable,
     check_space,
     destination_errors,
     discard,
+    existing_parent,
     partial_folder,
     publish,
     resolve_destination,
@@ -36,6 +38,7 @@ from expertcut.rewrite.destination import (
 from expertcut.rewrite.journal import Journal, open_journal
 from expertcut.rewrite.layout import RECORD, Layout, OutShard, plan_layout, source_status
 from expertcut.rewrite.record import Record, Size
+from expertcut.rewrite.whole import check_devices, clonable, clone_shard, link_shard
 
 Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in all, of the shards."""
@@ -56,9 +59,9 @@ class PruneResult:
     resumed: bool
     """True if an unfinished run was found and carried on."""
     nbytes_written: int
-    """Bytes of the shards that this run wrote, links and clones not counted."""
+    """Bytes of the shards that this run wrote; links and clones are none."""
     taken: str | None
-    """How shards were taken over whole: linked, cloned or copied; None where tensors moved or none was left to do."""
+    """How whole shards were taken over: linked, cloned, or copied if only one was; None where none was."""
     seconds: float
     """Wall time of writing them, sync to disk included."""
 
@@ -77,27 +80,29 @@ def prune(
     """Write the checkpoint that `plan` leaves of `ckpt` to the directory `out`.
 
     `max_shard_size` is bytes of tensor data per file; None: see `plan_layout`. `force` replaces a checkpoint that
-    expertcut wrote, in one step. `link`: shards become hard links to the source's, where the plan changes no tensor.
+    expertcut wrote, in one step. `link` makes shards hard links to the source's, so that both checkpoints share bytes.
 
     Raises:
-        UsageError: `link`, but tensors change.
+        UsageError: `link`, but the source's shards cannot stay as they are.
         PlanError: the plan is for another model, or cannot be carried out.
         CheckpointError: the source cannot be laid out, or changes while it is read.
-        DestinationError: `out` exists, is too small, is being written to, or holds an unfinished run of another kind.
+        DestinationError: `out` exists, is too small, is being written to, holds an unfinished run of another kind, or
+            cannot be linked to.
     """
     job = prepare(ckpt, geometry, plan, out, max_shard_size, link)
     identity = {
         "source": _source_identity(ckpt),
         "plan": hashlib.sha256(plan.model_dump_json().encode()).hexdigest(),
-        "shard size": "linked" if link else str(max_shard_size),
+        "shard size": str(max_shard_size),
+        "use of --link": str(link),
         "version of expertcut": expertcut.__version__,
     }
     with destination_errors(job.target, job.needed):
-        resumed, written, taken, seconds = job.run(identity, force, progress or (lambda done, total: None))
+        resumed, shards = job.run(identity, force, progress or (lambda done, total: None))
     layout = job.layout
     return PruneResult(
         job.target, ckpt.nbytes, layout.nbytes, geometry.num_experts, layout.experts, geometry.top_k, layout.top_k,
-        len(layout.shards), resumed, written, taken, seconds,
+        len(layout.shards), resumed, shards.nbytes, shards.taken, shards.seconds,
     )  # fmt: skip
 
 
@@ -107,19 +112,28 @@ def prepare(
     """Validate and lay out everything; nothing is written.
 
     Raises:
-        UsageError: `link`, but tensors change or shards are to have another size.
-        PlanError, CheckpointError: see `prune`.
+        UsageError, PlanError, CheckpointError: see `prune`.
         DestinationError: `out` is the source, lies in it or holds it.
     """
     check_fingerprint(plan.source.fingerprint, ckpt, geometry)
     layout = plan_layout(ckpt, geometry, plan, max_shard_size)
-    if link and not layout.whole:
-        why = "the shards get another size" if max_shard_size else "the plan changes tensors, or the files need mending"
-        raise UsageError(f"--link: {why}, but only whole files can be linked", "leave out --link")
+    if link and layout.wanting:
+        raise UsageError(f"--link needs {layout.wanting}", "leave out --link")
     target = resolve_destination(ckpt, Path(out))
     before = Size(nbytes=ckpt.nbytes, experts=geometry.num_experts, top_k=geometry.top_k)
     record = Record.of(ckpt, before, layout, plan).to_bytes()
-    return Job(ckpt, layout, config_bytes(layout.config), record, target, link)
+    cloned = not (link or layout.wanting) and clonable(ckpt, existing_parent(target))
+    taken = None if layout.wanting else "linked" if link else "cloned" if cloned else "copied"
+    return Job(ckpt, layout, config_bytes(layout.config), record, target, taken)
+
+
+@dataclass(frozen=True, slots=True)
+class Shards:
+    """What a run did for the shards; see `PruneResult`."""
+
+    nbytes: int = 0
+    taken: str | None = None
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +145,8 @@ class Job:
     config: bytes
     record: bytes
     target: Path
-    link: bool
+    taken: str | None
+    """How whole shards will be taken over: linked, cloned, or copied; None: they are written from parts."""
 
     @property
     def files(self) -> dict[str, int]:
@@ -139,9 +154,15 @@ class Job:
         return self.layout.files | {"config.json": len(self.config), RECORD: len(self.record)}
 
     @property
+    def written(self) -> dict[str, int]:
+        """Name and bytes of the files that take up disk: all but shards that share the source's bytes."""
+        shared = {shard.name for shard in self.layout.shards if self.taken in ("linked", "cloned")}
+        return {name: nbytes for name, nbytes in self.files.items() if name not in shared}
+
+    @property
     def needed(self) -> int:
-        """Bytes of disk that the files take: all of theirs, but for linked shards."""
-        return sum(self.files.values()) - (sum(shard.nbytes for shard in self.layout.shards) if self.link else 0)
+        """Bytes of disk that the checkpoint takes."""
+        return sum(self.written.values())
 
     @property
     def partial(self) -> Path:
@@ -153,28 +174,44 @@ class Job:
         """The new checkpoint, until it is renamed."""
         return self.partial / "checkpoint"
 
-    def run(self, identity: dict[str, str], force: bool, progress: Progress) -> tuple[bool, int, str | None, float]:
-        """Write it; return whether a run was resumed, bytes written, how shards were taken over, and the seconds.
+    def check_room(self) -> None:
+        """Check that the disk has room for it, counting in what an unfinished run holds.
+
+        Raises:
+            DestinationError: it has not.
+        """
+        check_space(self.target, self.needed, allocated(self.made / name for name in self.written))
+
+    def check_links(self) -> None:
+        """Check that shards to be linked are where the destination is, as far as that can be told without trying.
+
+        Raises:
+            DestinationError: they are not.
+        """
+        if self.taken == "linked":
+            check_devices(self.ckpt, existing_parent(self.target))
+
+    def run(self, identity: dict[str, str], force: bool, progress: Progress) -> tuple[bool, Shards]:
+        """Write it; return whether a run was resumed, and what was done for the shards.
 
         Raises:
             CheckpointError, DestinationError: see `prune`.
             OSError: the destination cannot be written.
         """
         if self.partial.exists() and self._is_published(identity):
-            return True, 0, None, 0.0
+            return True, Shards()
         check_replaceable(self.target, force)
-        check_space(self.target, self.needed)
+        self.check_room()
         self.target.parent.mkdir(parents=True, exist_ok=True)
         with open_journal(self.partial) as journal:
             resumed = journal.begin(identity)
-            started = time.monotonic()
-            written, taken = self._write_shards(journal, progress)
-            seconds = time.monotonic() - started
+            self.made.mkdir(exist_ok=True)
+            shards = self._link_shards(progress) if self.taken == "linked" else self._write_shards(journal, progress)
             self._write_rest()
             journal.ready(self.made.stat().st_ino)
             publish(self.made, self.target, force)
             discard(self.partial)
-        return resumed, written, taken, seconds
+        return resumed, shards
 
     def _is_published(self, identity: dict[str, str]) -> bool:
         """Remove what is left of a run killed after its rename, or before its first record; True if it was this run."""
@@ -189,12 +226,27 @@ class Job:
         path = self.target / RECORD
         return path.is_file() and path.read_bytes() == self.record
 
-    def _write_shards(self, journal: Journal, progress: Progress) -> tuple[int, str | None]:
-        self.made.mkdir(exist_ok=True)
+    def _link_shards(self, progress: Progress) -> Shards:
+        """Link all, also on resuming: it costs nothing. What cannot be linked leaves the place free for another run."""
+        started, done, total = time.monotonic(), 0, sum(shard.nbytes for shard in self.layout.shards)
+        try:
+            for shard in self.layout.shards:
+                progress(done, total)
+                assert shard.whole
+                link_shard(self.ckpt.path, shard.whole, self.made / shard.name)
+                done += shard.nbytes
+        except DestinationError:
+            discard(self.partial)
+            raise
+        progress(done, total)
+        return Shards(0, "linked", time.monotonic() - started)
+
+    def _write_shards(self, journal: Journal, progress: Progress) -> Shards:
+        started = time.monotonic()
         todo = [shard for shard in self.layout.shards if not self._is_done(shard, journal)]
         total = sum(shard.nbytes for shard in self.layout.shards)
-        wanted = sum(shard.nbytes for shard in todo)
-        done = total - wanted
+        done = total - sum(shard.nbytes for shard in todo)
+        cloned = written = 0
         progress(done, total)
 
         def advance(nbytes: int) -> None:
@@ -203,27 +255,22 @@ class Job:
             progress(done, total)
 
         copier, pending = Copier(), list[tuple[OutShard, Future[None]]]()
-        if self.layout.whole:
-            return self._take_shards(todo, journal, copier, advance)
         with WriteBack() as back:
             for shard in todo:
-                advance(len(shard.header))
-                future = write_shard(self.ckpt.path, shard, self.made / shard.name, copier, back, advance)
+                path = self.made / shard.name
+                future = clone_shard(self.ckpt.path, shard.whole, path, back) if shard.whole else None
+                if future:
+                    cloned += shard.nbytes
+                    advance(shard.nbytes)
+                else:
+                    advance(len(shard.header))
+                    future = write_shard(self.ckpt.path, shard, path, copier, back, advance)
+                    written += shard.nbytes
                 pending.append((shard, future))
                 self._settle(pending, journal, keep=1)  # one shard reaches the disk while the next is written
             self._settle(pending, journal, keep=0)
-        return wanted, None
-
-    def _take_shards(
-        self, todo: list[OutShard], journal: Journal, copier: Copier, advance: Advance
-    ) -> tuple[int, str | None]:
-        """Take over whole shards; the bytes that this wrote, and how."""
-        how = None
-        for shard in todo:
-            how = take_shard(self.ckpt.path, shard, self.made / shard.name, self.link, copier, advance)
-            sync_folder(self.made)
-            journal.finish(shard.name, shard.nbytes)
-        return sum(shard.nbytes for shard in todo) if how == "copied" else 0, how
+        taken = None if self.taken is None else "copied" if written else "cloned" if cloned else None
+        return Shards(written, taken, time.monotonic() - started)
 
     def _settle(self, pending: list[tuple[OutShard, Future[None]]], journal: Journal, keep: int) -> None:
         while len(pending) > keep:

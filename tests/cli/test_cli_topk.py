@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -146,3 +147,50 @@ def test_measuring_options_that_do_not_go_together(
 ) -> None:
     found = cli("plan", demo_model, *options, "-o", tmp_path / "plan.json")
     assert what in found.err and found.code == 2
+
+
+def test_a_lower_top_k_is_linked_as_the_dry_run_says(cli: Cli, demo_model: Path, tmp_path: Path) -> None:
+    model, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(demo_model, model)
+    cli("plan", model, "--top-k", 2, "-o", tmp_path / "plan.json")
+    args = ("prune", model, out, "--plan", tmp_path / "plan.json", "--link")
+    told = cli(*args, "--dry-run", "--json").document
+    assert told["taken"] == "linked" and not out.exists()
+    assert "3, the source's, linked" in cli(*args, "--dry-run").out
+    done = cli(*args, "--json").document
+    assert (done["taken"], done["nbytes_written"], done["shards"]) == ("linked", 0, 3)
+    assert all(check["ok"] for check in done["checks"])
+    shards = {name for name in told["files"] if name.endswith(".safetensors")}
+    assert all((out / name).samefile(model / name) for name in shards)
+    assert told["bytes_to_write"] == sum((out / name).stat().st_size for name in told["files"].keys() - shards)
+    assert cli("verify", out, "--source", model, "--json").document["ok"]
+    printed = cli(*args, "--force").out
+    assert "3, the source's, linked" in printed and "/s, synced" not in printed
+    copied = cli("prune", model, tmp_path / "copied", "--top-k", 2, "--json").document
+    assert copied["taken"] in ("cloned", "copied")
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        (["--strategy", "odd", "--experts", "16"], "--link needs a plan that changes no tensor: "),
+        (["--top-k", "2", "--max-shard-size", "1MB"], "--link needs shards of the source's size, without"),
+    ],
+)
+def test_only_what_stays_can_be_linked(
+    options: list[str], what: str, cli: Cli, demo_model: Path, tmp_path: Path
+) -> None:
+    for more in ([], ["--dry-run"]):
+        ran = cli("prune", demo_model, tmp_path / "out", *options, *more, "--link")
+        assert (ran.code, ran.out) == (2, "") and what in ran.err and "hint: leave out --link" in ran.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_warns_of_another_file_system(cli: Cli, demo_model: Path, tmp_path: Path) -> None:
+    shared = Path("/dev/shm")
+    if not shared.is_dir() or shared.stat().st_dev == demo_model.stat().st_dev:
+        pytest.skip("no second file system at /dev/shm")
+    out = shared / tmp_path.name / "out"
+    ran = cli("prune", demo_model, out, "--top-k", 2, "--link", "--dry-run")
+    assert ran.code == 0 and "warning: " in ran.err and "is on another file system" in ran.err
+    assert not out.parent.exists()

@@ -222,6 +222,18 @@ def _apart(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     return torch.where(finite, one - other, 0.0).abs().amax(-1).flatten() / other[finite].std()
 
 
+def test_law_1_the_identity_plan_links_every_shard(model: Model, tmp_path: Path) -> None:
+    """Also where layers route by token id: their tables stay as well."""
+    out = tmp_path / "out"
+    prune(model.checkpoint, model.geometry, model.plan(range(model.geometry.num_experts)), out, link=True)
+    found = open_checkpoint(out)
+    for new, old in zip(found.shards, model.checkpoint.shards, strict=True):
+        assert (out / new).samefile(model.folder / old)
+    assert found.config == model.checkpoint.config
+    checks = verify_structure(found, model.checkpoint) + verify_bytes(found, model.checkpoint)
+    assert [check for check in checks if not check.ok] == []
+
+
 def test_law_4_unknown_expert_sized_tensor_stops_the_run(model: Model) -> None:
     experts, block = model.geometry.num_experts, model.geometry.trunk[-1]
     for stranger, shape in ((f"{block.prefix}.mystery", (experts,)), (f"{block.prefix}.later.scale", (3, experts, 2))):

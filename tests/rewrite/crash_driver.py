@@ -1,11 +1,12 @@
 """Kills a rewrite at every one of its system calls that change the disk, then resumes it. Run as a process of its own.
 
-    python crash_driver.py SOURCE PLAN FOLDER OLD exchange|rename [SIZE|whole|link]
+    python crash_driver.py SOURCE PLAN FOLDER OLD exchange|rename parts|whole|link
 
-OLD is a checkpoint that is in place before and replaced with force, or `-`; SIZE that of the shards, `whole` takes over
-the source's, `link` links to them. The children are forks that end without any
-clean-up at the N-th call, for every N until one survives. Prints as JSON what was seen: for each N the destination
-right after the kill (`absent`, `old`, `new`, `other`), and after the resumption (`new`, and nothing else in FOLDER).
+OLD is a checkpoint that is in place before and replaced with force, or `-`. Shards are written from parts, taken over
+whole where the plan allows it, or linked. The children are forks that end without any clean-up at the N-th call, for
+every N until one survives. Prints as JSON what was seen: for each N the destination right after the kill (`absent`,
+`old`, `new`, `other`), and after the resumption (`new`, and nothing else in FOLDER). Fails if the source or
+OLD, whose files are linked into place, changes.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 from rewrite_models import digest, opened
 
 from expertcut.choose import Plan
-from expertcut.rewrite import copy, kernel, prune
+from expertcut.rewrite import kernel, prune, whole
 
 CALLS = (
     "fsync", "fdatasync", "mkdir", "unlink", "rmdir", "pwrite", "write", "rename", "ftruncate", "copy_file_range",
@@ -46,7 +47,7 @@ def die_at(number: int) -> None:
     for name in CALLS:
         setattr(os, name, counted(getattr(os, name)))
     kernel._call = counted(kernel._call)
-    setattr(copy, "clone", counted(kernel.clone))  # noqa: B010
+    setattr(whole, "clone", counted(kernel.clone))  # noqa: B010
 
 
 def in_child(work: Callable[[], object]) -> int:
@@ -66,9 +67,10 @@ def main() -> None:
     plan = Plan.load(sys.argv[2])
     if way == "rename":
         kernel._EXCHANGE = 1 << 30  # a flag that no system knows
-    size = sys.argv[6] if len(sys.argv) > 6 else "1500"
-    shards: dict[str, Any] = {"link": size == "link"} if size in ("whole", "link") else {"max_shard_size": int(size)}
+    ways: dict[str, dict[str, Any]] = {"parts": {"max_shard_size": 1500}, "whole": {}, "link": {"link": True}}
+    shards = ways[sys.argv[6]]
     ckpt, geometry = opened(source)
+    untouched = digest(source)
     before = digest(Path(old)) if old != "-" else None
     out = folder / "out"
 
@@ -90,7 +92,7 @@ def main() -> None:
         shutil.rmtree(folder)
         folder.mkdir()
         if before is not None:
-            shutil.copytree(old, out)
+            shutil.copytree(old, out, copy_function=os.link)
 
         def crash(number: int = number) -> None:
             die_at(number)
@@ -100,6 +102,7 @@ def main() -> None:
         killed = state()
         resumed = in_child(run) if killed != "new" or (folder / ".out.expertcut-partial").exists() else 0
         seen.append([killed, state(), resumed, sorted(path.name for path in folder.iterdir())])
+        assert digest(source) == untouched and (before is None or digest(Path(old)) == before), number
         if survived:
             break
     print(json.dumps(seen))

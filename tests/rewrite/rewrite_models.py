@@ -93,16 +93,20 @@ class Model:
             left[name] = (truth.dtype, shape, data)
         return left
 
-    def write(self, root: Path, shards: int = 3, companions: Mapping[str, bytes] | None = None) -> Path:
-        """Write it in the given number of shards, or fewer, with borders at random places."""
+    def write(
+        self, root: Path, shards: int = 3, companions: Mapping[str, bytes] | None = None, fit: bool = False
+    ) -> Path:
+        """Write it in the given number of shards, or fewer, with borders at random places; `fit`: all is aligned."""
         root.mkdir(parents=True)
         names = list(self.tensors)
         borders = sorted(random.Random(self.seed).sample(range(1, len(names)), min(shards, len(names)) - 1))
         parts = [names[a:b] for a, b in zip([0, *borders], [*borders, len(names)], strict=True)]
         index: dict[str, str] = {}
         for number, part in enumerate(parts, start=1):
+            if fit:
+                part.sort(key=lambda name: -DTYPE_BITS[self.tensors[name].dtype])
             file = f"model-{number:05d}-of-{len(parts):05d}.safetensors" if shards > 1 else "model.safetensors"
-            (root / file).write_bytes(file_bytes({n: self.tensors[n] for n in part}))
+            (root / file).write_bytes(file_bytes({n: self.tensors[n] for n in part}, pad=fit))
             index |= dict.fromkeys(part, file)
         if shards > 1:
             (root / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
@@ -113,13 +117,14 @@ class Model:
         return root
 
 
-def file_bytes(tensors: Mapping[str, Truth]) -> bytes:
+def file_bytes(tensors: Mapping[str, Truth], pad: bool = False) -> bytes:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name, truth in tensors.items():
         header[name] = {"dtype": truth.dtype, "shape": truth.shape, "data_offsets": [at, at + len(truth.data)]}
         at += len(truth.data)
     text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8 if pad else 0)
     return struct.pack("<Q", len(text)) + text + b"".join(truth.data for truth in tensors.values())
 
 

@@ -14,12 +14,13 @@ from pathlib import Path
 
 import pytest
 from rewrite_models import deepseek, digest, half, large, listing, opened, plan_for
-from tiny_models import write_tiny
 
-from expertcut.choose import make_plan
+from expertcut.choose import Plan
 from expertcut.errors import DestinationError
 from expertcut.rewrite import prune
 from expertcut.rewrite.journal import open_journal
+
+pytest_plugins = ("sharing",)
 
 HERE = Path(__file__).parent
 PARTIAL = ".out.expertcut-partial"
@@ -55,44 +56,55 @@ def memory(tmp_path: Path) -> Iterator[Path]:
         yield Path(folder)
 
 
-@pytest.mark.parametrize("old, way", [(False, "exchange"), (True, "exchange"), (True, "rename")])
-def test_killed_at_every_call_and_resumed(old: bool, way: str, memory: Path) -> None:
-    ckpt, geometry = opened(deepseek().write(memory / "in"))
-    half(ckpt, geometry).save(memory / "plan.json")
-    if old:
-        prune(ckpt, geometry, plan_for(ckpt, geometry, [range(8)] * 2), memory / "old")
+def killed_at_every_call(
+    source: Path, plan: Plan, memory: Path, how: str, old: Path | None = None, way: str = "exchange"
+) -> list[str]:
+    """Kill a run at each of its calls and resume it; what the destination was after each kill."""
+    plan.save(memory / "plan.json")
     (memory / "work").mkdir()
-    command = [HERE / "crash_driver.py", memory / "in", memory / "plan.json", memory / "work"]
+    arguments = [source, memory / "plan.json", memory / "work", old or "-", way, how]
     env = os.environ | {"PYTHONPATH": str(HERE.parents[1]), "OPENBLAS_NUM_THREADS": "1"}
-    run = subprocess.run(
-        [sys.executable, *map(str, command), str(memory / "old") if old else "-", way],
-        env=env, capture_output=True, text=True,
-    )  # fmt: skip
+    command = [sys.executable, str(HERE / "crash_driver.py"), *map(str, arguments)]
+    run = subprocess.run(command, env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     seen = json.loads(run.stdout)
+    assert all(rest == ["new", 0, ["out"]] for _, *rest in seen), run.stderr
     states = [killed for killed, *_ in seen]
-    assert len(states) > 80
-    allowed = {"new"} | ({"old"} if old else {"absent"}) | ({"absent"} if way == "rename" else set())
+    allowed = {"new", "old" if old else "absent"} | ({"absent"} if way == "rename" else set())
     assert set(states) <= allowed
     assert states == sorted(states, key=["old", "absent", "new"].index)  # once new, always new
     assert states.count("absent") <= 1 or not old
-    assert all(rest == ["new", 0, ["out"]] for _, *rest in seen), run.stderr
+    return states
+
+
+@pytest.mark.parametrize("old, way", [(False, "exchange"), (True, "exchange"), (True, "rename")])
+def test_killed_at_every_call_and_resumed(old: bool, way: str, memory: Path) -> None:
+    ckpt, geometry = opened(deepseek().write(memory / "in"))
+    if old:
+        prune(ckpt, geometry, plan_for(ckpt, geometry, [range(8)] * 2), memory / "old")
+    states = killed_at_every_call(
+        ckpt.path, half(ckpt, geometry), memory, "parts", memory / "old" if old else None, way
+    )  # fmt: skip
+    assert len(states) > 80
 
 
 @pytest.mark.parametrize("how", ["whole", "link"])
-def test_killed_at_every_call_while_files_are_taken_over_whole(how: str, memory: Path) -> None:
-    ckpt, geometry = opened(write_tiny(memory / "in", "deepseek_v3"))
-    make_plan(ckpt, geometry, top_k=1).save(memory / "plan.json")
-    (memory / "work").mkdir()
-    command = [HERE / "crash_driver.py", memory / "in", memory / "plan.json", memory / "work", "-", "exchange", how]
-    path = os.pathsep.join([str(HERE.parent), str(HERE.parents[1])])
-    env = os.environ | {"PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1"}
-    run = subprocess.run([sys.executable, *map(str, command)], env=env, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    seen = json.loads(run.stdout)
-    states = [killed for killed, *_ in seen]
-    assert len(states) > 60 and set(states) == {"absent", "new"} and states == sorted(states)
-    assert all(rest == ["new", 0, ["out"]] for _, *rest in seen), run.stderr
+@pytest.mark.parametrize("old, way", [(False, "exchange"), (True, "exchange"), (True, "rename")])
+def test_killed_at_every_call_where_shards_are_taken_whole(how: str, old: bool, way: str, memory: Path) -> None:
+    """What is replaced shares its shards with the source, too."""
+    ckpt, geometry = opened(deepseek().write(memory / "in", fit=True))
+    lower = [plan_for(ckpt, geometry, [range(8)] * 2, top_k=k) for k in (1, 2)]
+    if old:
+        prune(ckpt, geometry, lower[0], memory / "old", link=True)
+    states = killed_at_every_call(ckpt.path, lower[1], memory, how, memory / "old" if old else None, way)
+    assert len(states) > 40
+
+
+def test_killed_at_every_call_where_shards_are_cloned(sharing_disk: Path) -> None:
+    ckpt, geometry = opened(deepseek().write(sharing_disk / "in", fit=True))
+    plan = plan_for(ckpt, geometry, [range(8)] * 2, top_k=1)
+    assert prune(ckpt, geometry, plan, sharing_disk / "out").taken == "cloned"
+    assert len(killed_at_every_call(ckpt.path, plan, sharing_disk, "whole")) > 40
 
 
 def test_twenty_kills_at_random_moments(tmp_path: Path) -> None:
