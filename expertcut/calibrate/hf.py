@@ -17,7 +17,7 @@ import torch
 import transformers
 from packaging.version import Version
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
@@ -64,17 +64,27 @@ def load_config(checkpoint: Checkpoint) -> PreTrainedConfig:
         CheckpointError: transformers does not know the model type.
     """
     try:
-        raw = modern(stock_config(checkpoint.config))
-        if raw is checkpoint.config:
-            config = AutoConfig.from_pretrained(checkpoint.path)
-        else:
-            config = CONFIG_MAPPING[raw["model_type"]].from_dict(dict(raw))
-    except (ValueError, KeyError, OSError) as error:
+        config, _ = read_config(checkpoint.config)
+    except (ValueError, KeyError) as error:
         raise CheckpointError(f"{checkpoint.name}: transformers cannot read config.json: {_line(error)}") from error
     for scope in (config, config.get_text_config()):
         if hasattr(scope, "quantization_config"):
             del scope.quantization_config
-    return config  # type: ignore[no-any-return]
+    return config
+
+
+def read_config(raw: Mapping[str, Any], **overrides: Any) -> tuple[PreTrainedConfig, dict[str, Any]]:
+    """Return transformers' config object of a raw config, and the overrides that are none of its keys.
+
+    Raises:
+        ValueError: transformers does not know the model type.
+    """
+    raw = modern(stock_config(raw))
+    if raw.get("model_type") not in CONFIG_MAPPING:
+        raise ValueError(f"transformers {transformers.__version__} has no model_type {raw.get('model_type')!r}")
+    plain = PreTrainedConfig._decode_special_floats(dict(raw))
+    found: Any = CONFIG_MAPPING[raw["model_type"]].from_dict(plain, return_unused_kwargs=True, **overrides)
+    return found  # type: ignore[no-any-return]
 
 
 def config_like(config: PreTrainedConfig, raw: dict[str, Any]) -> PreTrainedConfig:
@@ -104,7 +114,7 @@ def build_model(config: PreTrainedConfig, raw: Mapping[str, Any], dtype: torch.d
     name = (config.architectures or [config.model_type])[0]
     try:
         kind = model_class(config)
-        with torch.device("meta"), per_layer(kind, raw):
+        with torch.device("meta"), per_layer(kind, config, raw):
             model = kind._from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise CheckpointError(f"transformers cannot build {name}: {_line(error)}") from error

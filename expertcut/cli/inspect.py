@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import typer
@@ -38,7 +39,7 @@ def inspect(ctx: typer.Context, model: Model, revision: Revision = None, as_json
     }  # fmt: skip
     out.finish(
         document, heading(checkpoint.name), facts(_rows(summary)), "", lint_table(findings), "", fit_table(fitting), "",
-        f"TP, EP: tensor- and expert-parallel sizes for {summary.experts} experts, up to {RANKS} ranks",
+        f"TP, EP: tensor- and expert-parallel sizes for {_range(summary.layer_experts)} experts, up to {RANKS} ranks",
     )  # fmt: skip
 
 
@@ -51,8 +52,8 @@ def _rows(s: Summary) -> list[tuple[str, object]]:
         ("decoder layers", s.layers),
         ("with routed experts", ranges(s.moe_layers)),
         ("multi-token prediction", ranges(s.mtp_layers) or "none"),
-        ("experts per layer", s.experts),
-        ("top-k", s.top_k),
+        ("experts per layer", _by_layer(s.layer_experts)),
+        ("top-k", _by_layer(s.layer_top_k)),
         ("groups", groups),
         ("gate weights", f"{s.scoring}, {'' if s.renormalise else 'not '}renormalised"),
         ("hidden size", s.hidden),
@@ -67,6 +68,17 @@ def _rows(s: Summary) -> list[tuple[str, object]]:
         ("shards", s.shards),
         ("geometry", s.geometry),
     ]
+
+
+def _range(numbers: Sequence[int]) -> str:
+    least, most = min(numbers), max(numbers)
+    return str(most) if least == most else f"{least} to {most}"
+
+
+def _by_layer(numbers: Sequence[int]) -> str:
+    """One number where all layers agree, else a range and the mean."""
+    mean = f" by layer, {sum(numbers) / len(numbers):.2f} on average" if len(set(numbers)) > 1 else ""
+    return _range(numbers) + mean
 
 
 def _count(parameters: int | None) -> str:

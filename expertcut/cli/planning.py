@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from expertcut.cli.common import Output
     from expertcut.cli.options import Choice
     from expertcut.model import Geometry
+    from expertcut.model.uneven import LayerNumbers
     from expertcut.runtimes.lint import Advice
     from expertcut.runtimes.rules import LintSubject
 
@@ -97,7 +98,7 @@ def outcome(checkpoint: Checkpoint, geometry: Geometry, plan: Plan) -> Outcome:
 
     config = edit_config(checkpoint.config, config_edits(checkpoint, geometry, plan))
     found = numbers(plan, geometry)
-    subject = _subject(geometry, config, plan.experts, plan.top_k(geometry), found.uneven)
+    subject = _subject(geometry, config, plan.experts, plan.top_k(geometry), found)
     findings = lint(subject)
     advice = advise(subject, geometry.num_experts) if plan.experts < geometry.num_experts else []
     before, after = checkpoint.nbytes, nbytes_with(checkpoint, geometry, found.experts, plan.mtp != "drop")
@@ -146,11 +147,14 @@ def _hint(experts: int, found: Advice) -> str:
 
 
 def _subject(
-    geometry: Geometry, config: Mapping[str, Any], experts: int, top_k: int, uneven: bool = False
+    geometry: Geometry, config: Mapping[str, Any], experts: int, top_k: int, own: LayerNumbers | None = None
 ) -> LintSubject:
+    """What the rules look at; `own` are the layers' numbers, if they may differ."""
     from expertcut.runtimes.lint import lint_subject
 
-    return replace(lint_subject(geometry, config), experts=experts, top_k=top_k, uneven=uneven)
+    uneven = own is not None and own.uneven
+    layers = tuple((own.experts[i], own.top_k[i]) for i in own.experts) if own and uneven else ()
+    return replace(lint_subject(geometry, config), experts=experts, top_k=top_k, uneven=uneven, layers=layers)
 
 
 def _change(before: int, after: Mapping[int, int]) -> str:

@@ -158,14 +158,14 @@ class Geometry:
 
         With a twin: one of either set.
         """
-        total = 0
+        total, experts = 0, self.blocks[prefix].experts
         for name in self.blocks[prefix].tensors:
             role, nbytes = self.roles[name], checkpoint.tensors[name].nbytes
             if isinstance(role, Sliced):
-                total += nbytes * self.num_experts // (self.num_experts + role.tail)
-            elif isinstance(role, ExpertTensor) and role.expert < self.num_experts * self.family.sets:
+                total += nbytes * experts // (experts + role.tail)
+            elif isinstance(role, ExpertTensor) and role.expert < experts * self.family.sets:
                 total += nbytes
-        return total // self.num_experts
+        return total // experts
 
     def config_edits(self, config: Mapping[str, Any], experts: int, top_k: int) -> list[Edit]:
         """Return the values of the raw config that change, every alias that is present; lists in all entries."""

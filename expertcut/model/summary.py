@@ -9,7 +9,7 @@ from math import prod
 
 from expertcut.checkpoint.types import Checkpoint
 from expertcut.model.fingerprint import geometry_hash
-from expertcut.model.geometry import ExpertTensor, Geometry
+from expertcut.model.geometry import ExpertTensor, Geometry, MoeBlock
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,11 @@ class Summary:
     mtp_layers: tuple[int, ...]
     """Multi-token-prediction layers with routed experts."""
     experts: int
+    """The most of any layer; `top_k` likewise."""
     top_k: int
+    layer_experts: tuple[int, ...]
+    """By layer of `moe_layers`: all alike, unless made so by expertcut."""
+    layer_top_k: tuple[int, ...]
     n_group: int
     topk_group: int
     scoring: str
@@ -56,16 +60,15 @@ def summarise(checkpoint: Checkpoint, geometry: Geometry) -> Summary:
         scope = scope[key]
     sizes = {name: prod(tensor.shape) for name, tensor in checkpoint.tensors.items()}
     routed = [name for block in geometry.blocks.values() for name in block.tensors]
-    idle = sum(sizes[name] for name in routed if _is_second(geometry, name))
-    share = geometry.num_experts - geometry.top_k
-    unused = idle + (sum(sizes[name] for name in routed) - idle) * share // geometry.num_experts
+    unused = sum(_unused(geometry, block, sizes) for block in geometry.blocks.values())
     plain = not (checkpoint.config.get("quantization_config") or scope.get("quantization_config"))
     dtypes: Counter[str] = Counter()
     for tensor in checkpoint.tensors.values():
         dtypes[tensor.dtype] += tensor.nbytes
     return Summary(
         geometry.family.model_type, geometry.num_layers, tuple(b.layer for b in geometry.trunk),
-        tuple(b.layer for b in geometry.mtp), geometry.num_experts, geometry.top_k, geometry.n_group,
+        tuple(b.layer for b in geometry.mtp), geometry.num_experts, geometry.top_k,
+        tuple(b.experts for b in geometry.trunk), tuple(b.top_k for b in geometry.trunk), geometry.n_group,
         geometry.topk_group, geometry.family.scoring, geometry.renormalise, geometry.hidden, geometry.expert_width,
         max_positions(checkpoint, geometry), checkpoint.nbytes,
         sum(checkpoint.tensors[name].nbytes for name in routed),
@@ -75,10 +78,17 @@ def summarise(checkpoint: Checkpoint, geometry: Geometry) -> Summary:
     )  # fmt: skip
 
 
-def _is_second(geometry: Geometry, name: str) -> bool:
+def _unused(geometry: Geometry, block: MoeBlock, sizes: Mapping[str, int]) -> int:
+    """Elements of a block's tensors that a token of text does not use."""
+    second = sum(sizes[name] for name in block.tensors if _is_second(geometry, block, name))
+    first = sum(sizes[name] for name in block.tensors) - second
+    return second + first * (block.experts - block.top_k) // block.experts
+
+
+def _is_second(geometry: Geometry, block: MoeBlock, name: str) -> bool:
     """True for a tensor of an expert that text does not use."""
     role = geometry.roles[name]
-    return geometry.family.sets > 1 and isinstance(role, ExpertTensor) and role.expert >= geometry.num_experts
+    return geometry.family.sets > 1 and isinstance(role, ExpertTensor) and role.expert >= block.experts
 
 
 def max_positions(checkpoint: Checkpoint, geometry: Geometry) -> int | None:

@@ -102,9 +102,16 @@ def _counts(record: Mapping[str, Any], name: str) -> dict[int, int]:
 
 
 def set_numbers(config: Any, family: Family, experts: int, top_k: int) -> dict[str, Any]:
-    """Set a config object's expert count and top-k under every name it has for them; return the old values."""
+    """Set a config object's expert count and top-k under every name it has for them; return the old values.
+
+    Raises:
+        ConfigConflictError: it has no name for one of them, so that setting it would change nothing.
+    """
     wanted = dict.fromkeys(family.experts, experts) | dict.fromkeys(family.top_k, top_k)
     old = {key: getattr(config, key) for key in wanted if getattr(config, key, None) is not None}
+    for names in (family.experts, family.top_k):
+        if old.keys().isdisjoint(names):
+            raise ConfigConflictError(f"{type(config).__name__} of {family.model_type} has no {' or '.join(names)}")
     for key in old:
         setattr(config, key, wanted[key])
     return old

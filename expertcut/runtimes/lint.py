@@ -74,7 +74,9 @@ def lint_subject(geometry: Geometry, config: Mapping[str, Any]) -> LintSubject:
         expert_key=None if scope.get(family.experts[0]) is not None else family.experts[0],
         width=geometry.expert_width, heads=heads if isinstance(heads, int) else None,
         block=max(quantization.get("weight_block_size") or (), default=None),
-        uneven=geometry.uneven, mtp_uneven=not {block.experts for block in geometry.mtp} <= trunk,
+        uneven=geometry.uneven,
+        layers=tuple((block.experts, block.top_k) for block in geometry.trunk) if geometry.uneven else (),
+        mtp_uneven=not {block.experts for block in geometry.mtp} <= trunk,
         mtp_missing=announced and not (geometry.mtp or geometry.mtp_tensors),
         misread=misread_layer(quantization, geometry),
     )  # fmt: skip
@@ -82,7 +84,7 @@ def lint_subject(geometry: Geometry, config: Mapping[str, Any]) -> LintSubject:
 
 def broken_rules(subject: LintSubject, runtime: str) -> list[Rule]:
     """Return the rules of a runtime that the subject does not keep, in table order."""
-    return [r for r in RULES if runtime in r.runtimes and r.concerns(subject) and not r.holds(subject)]
+    return [rule for rule in RULES if runtime in rule.runtimes and _breaking(rule, subject) is not None]
 
 
 def lint(subject: LintSubject) -> list[LintFinding]:
@@ -91,7 +93,7 @@ def lint(subject: LintSubject) -> list[LintFinding]:
     for runtime in RUNTIMES:
         version, broken = READ[runtime], broken_rules(subject, runtime)
         findings += [
-            LintFinding(runtime, rule.status, rule.name, rule.reason.format(s=subject), rule.source, version)
+            LintFinding(runtime, rule.status, rule.name, _reason(rule, subject), rule.source, version)
             for rule in broken
         ]
         if not broken:
@@ -105,7 +107,8 @@ def fast_expert_counts(subject: LintSubject, maximum: int, runtime: str = "vLLM"
 
     Other facts, top-k and groups among them, stay as they are. A kernel that only wants a tuning run counts as fast.
     """
-    return [experts for experts in range(1, maximum + 1) if not _slow(replace(subject, experts=experts), runtime)]
+    alike = replace(subject, layers=())
+    return [experts for experts in range(1, maximum + 1) if not _slow(replace(alike, experts=experts), runtime)]
 
 
 def advise(subject: LintSubject, maximum: int) -> list[Advice]:
@@ -120,7 +123,7 @@ def advise(subject: LintSubject, maximum: int) -> list[Advice]:
         if broken and counts:
             below = max((count for count in counts if count < subject.experts), default=None)
             above = min((count for count in counts if count > subject.experts), default=None)
-            advice.append(Advice(runtime, broken[0].reason.format(s=subject), below, above))
+            advice.append(Advice(runtime, _reason(broken[0], subject), below, above))
     return advice
 
 
@@ -137,10 +140,20 @@ def fits(subject: LintSubject) -> list[Fit]:
     ]  # fmt: skip
 
 
+def _breaking(rule: Rule, subject: LintSubject) -> LintSubject | None:
+    """The subject, or the first of its layers by itself, that does not keep a rule."""
+    layers = [replace(subject, experts=experts, top_k=top_k) for experts, top_k in dict.fromkeys(subject.layers)]
+    return next((s for s in layers or [subject] if rule.concerns(s) and not rule.holds(s)), None)
+
+
+def _reason(rule: Rule, subject: LintSubject) -> str:
+    return rule.reason.format(s=_breaking(rule, subject))
+
+
 def _sizes(split: Mapping[int, LintSubject], runtime: str, name: str) -> tuple[int, ...] | None:
     """The sizes whose subject keeps the runtime's rules of a name, None if it has no such rules."""
     rules = [rule for rule in RULES if rule.name == name and runtime in rule.runtimes]
-    kept = (size for size, subject in split.items() if all(not r.concerns(subject) or r.holds(subject) for r in rules))
+    kept = (size for size, subject in split.items() if all(_breaking(rule, subject) is None for rule in rules))
     return tuple(kept) if rules else None
 
 

@@ -52,6 +52,8 @@ class LintSubject:
     """Rows that share a scale in a block-FP8 checkpoint."""
     uneven: bool = False
     """Layers differ in expert count or top-k."""
+    layers: tuple[tuple[int, int], ...] = ()
+    """Where layers differ, each one's experts and top-k; `experts` and `top_k` are the most of them."""
     mtp_uneven: bool = False
     """Multi-token-prediction layers hold another number of experts than the trunk."""
     mtp_missing: bool = False
@@ -83,7 +85,10 @@ class LintSubject:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """For `runtimes`: where `concerns` is true, `holds` must be, or else `status`, for `reason`."""
+    """For `runtimes`: where `concerns` is true, `holds` must be, or else `status`, for `reason`.
+
+    Asked of every layer with its own experts and top-k, where layers differ.
+    """
 
     name: str
     runtimes: tuple[str, ...]
@@ -102,6 +107,8 @@ _POWERS = frozenset(2**i for i in range(10))
 _VLLM_TOP_K = _POWERS | {192, 320, 384, 448, 576}
 _VLLM_TUNED = frozenset({1, 8, 16, 20, 32, 40, 60, 62, 64, 72, 128, 129, 160, 256, 384, 512})
 _FUSED_SHARED = {"deepseek_v3": 256, "deepseek_v32": 256, "kimi_k2": 384}
+QUANTISED = frozenset({"awq", "compressed-tensors", "fp8", "gptq", "modelopt", "modelopt_fp4"})
+"""Methods of quantisation whose buffers, in vLLM, are as long as the layer has experts, not the model."""
 _TRTLLM_GEN = ("fp8", "mxfp4", "nvfp4", "modelopt", "modelopt_fp4")
 
 
@@ -114,10 +121,22 @@ def _fused_grouped_top_k(s: LintSubject) -> bool:
 
 RULES = (
     Rule(
-        "alike", ("transformers", "vLLM"), "refuses",
+        "alike", ("transformers",), "refuses",
         lambda s: True, lambda s: not s.uneven,
+        "layers differ in expert count or top-k: loaded only by expertcut.runtimes.transformers",
+        "no configuration per layer",
+    ),
+    Rule(
+        "alike", ("vLLM",), "refuses",
+        lambda s: s.quant_method is None or s.quant_method in QUANTISED, lambda s: not s.uneven,
         "layers differ in expert count or top-k: served only with expertcut installed beside it",
         "no configuration per layer",
+    ),
+    Rule(
+        "alike", ("vLLM",), "refuses",
+        lambda s: s.quant_method is not None and s.quant_method not in QUANTISED, lambda s: not s.uneven,
+        "layers differ in expert count or top-k, which expertcut's plug-in does not serve in {s.quant_method}",
+        "models/gpt_oss.py: experts are viewed by the model's count",
     ),
     Rule(
         "alike", ("SGLang", "llama.cpp", "TensorRT-LLM", "mlx-lm"), "refuses",

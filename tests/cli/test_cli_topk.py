@@ -46,7 +46,14 @@ def test_a_schedule_layer_by_layer_from_plan_to_verified(cli: Cli, demo_model: P
     assert config["model_type"] == "expertcut_qwen3_moe"
     assert config["expertcut"]["top_k"] == {"0": 4, "1": 3, "2": 2, "3": 3}
     assert "2 to" in cli("show", plan).out
-    assert cli("inspect", out, "--json").document["family"] == "qwen3_moe"
+    found = cli("inspect", out)
+    assert "top-k                   2 to 4 by layer, 3.00 on average" in found.out
+    assert "experts per layer       32 " in found.out
+    facts = cli("inspect", out, "--json").document
+    assert (facts["family"], facts["top_k"], facts["layer_top_k"]) == ("qwen3_moe", 4, [4, 3, 2, 3])
+    whole = cli("inspect", demo_model, "--json").document
+    one = facts["nbytes_per_expert"] // 2 // 4
+    assert whole["activated"] - facts["activated"] == (0 + 1 + 2 + 1) * one, "bfloat16, four layers"
 
 
 def test_an_average_goes_where_it_loses_least(cli: Cli, demo_model: Path, profiled: Path, tmp_path: Path) -> None:

@@ -17,11 +17,12 @@ from tiny_types import NOT_STREAMED, SUPPORTED, model_class, tiny_type
 from torch.overrides import TorchFunctionMode
 
 from expertcut.checkpoint import TensorInfo, open_checkpoint, read_array
-from expertcut.choose import Plan
-from expertcut.errors import UnknownTensorError
+from expertcut.choose import LayerPlan, Plan
+from expertcut.errors import ConfigConflictError, RuntimeLintError, UnknownTensorError
 from expertcut.measure.numeric import verify_numeric
 from expertcut.model import Remapped, read_geometry
 from expertcut.rewrite import prune, verify_bytes, verify_structure
+from expertcut.runtimes.transformers import from_pretrained
 
 TOLERANCE = 1e-5
 """Of the logits' spread, for the middle token: see `expertcut.measure.numeric`."""
@@ -214,6 +215,44 @@ def test_law_3_as_verify_checks_it(name: str, model: Model, plan: Plan, written:
     )  # fmt: skip
     assert [check for check in checks if not check.ok] == []
     assert [("control" in check.name) for check in checks] == [False, False, True, True]
+
+
+ALIKE_ONLY = {
+    "dbrx": (ConfigConflictError, "DbrxConfig of dbrx has no moe_num_experts"),
+    "diffusion_gemma": (RuntimeLintError, "its layers take no number"),
+}
+"""Types whose layers cannot differ in transformers, and how that is said."""
+
+
+def differing(model: Model) -> Plan:
+    """Fewer experts and, where its router knows more than one, a smaller top-k in every second layer with experts."""
+    plan, second = model.random_plan(seed=3), {block.layer for block in model.geometry.trunk[1::2]}
+    everything, less = tuple(range(model.geometry.num_experts)), not model.geometry.family.fixed_top_k
+    layers = {
+        prefix: LayerPlan(layer=entry.layer, kept=entry.kept, top_k=max(1, model.geometry.top_k - less))
+        if entry.layer in second else LayerPlan(layer=entry.layer, kept=everything)
+        for prefix, entry in plan.layers.items()
+    }  # fmt: skip
+    return plan.model_copy(update={"layers": layers, "per_layer": True})
+
+
+def test_law_3_where_layers_differ(name: str, model: Model, tmp_path: Path) -> None:
+    """Loaded by expertcut's own loader, and as verify checks it."""
+    if len(model.geometry.trunk) < 2:
+        pytest.skip("a single layer with experts cannot differ from others")
+    out, plan = tmp_path / "out", differing(model)
+    prune(model.checkpoint, model.geometry, plan, out)
+    if name in ALIKE_ONLY:
+        error, message = ALIKE_ONLY[name]
+        with pytest.raises(error, match=message):
+            from_pretrained(out)
+        return
+    assert from_pretrained(out, dtype=torch.float32).dtype == torch.float32
+    checks = verify_numeric(
+        open_checkpoint(out), model.checkpoint, plan, tokens((14, 9), seed=2), device="cpu", notify=silent,
+        advance=silent,
+    )  # fmt: skip
+    assert [check for check in checks if not check.ok] == []
 
 
 def _apart(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:

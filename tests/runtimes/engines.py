@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,25 +17,44 @@ TIE = 1e-3
 """Logits this close may swap places by rounding alone."""
 Answer = dict[str, Any]
 """`version`, `tokens` of every prompt and, from transformers, `margins` over the runners-up."""
+HERE = Path(__file__).parent
 
 
-def run(arguments: list[str | Path], home: Path) -> None:
-    """Run a program with caches of its own under `home`; its output is shown if it fails."""
+def run(arguments: list[str | Path], home: Path, path: Sequence[Path] = (), timeout: float = 300) -> None:
+    """Run a program with caches of its own under `home`, and `path` before its module path.
+
+    Its output is shown if it fails. At a time-out it goes with all that it started.
+    """
+    modules = os.pathsep.join([*map(str, path), *filter(None, [os.environ.get("PYTHONPATH")])])
     env = os.environ | {"HOME": str(home), "XDG_CACHE_HOME": str(home), "XDG_CONFIG_HOME": str(home)}
-    done = subprocess.run(arguments, env=env, cwd=home, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, f"{arguments[0]}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+    env |= {"PYTHONPATH": modules} if modules else {}
+    with subprocess.Popen(
+        arguments, env=env, cwd=home, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    assert process.returncode == 0, f"{arguments[0]}\n{out[-3000:]}\n{err[-6000:]}"
 
 
 def ask(
     python: str | Path, engine: str, model: Path, prompts: Sequence[Sequence[int]], new_tokens: int, home: Path,
-    **settings: object,
+    path: Sequence[Path] = (), **settings: object,
 ) -> Answer:  # fmt: skip
     """Greedy tokens of every prompt, by the engine installed beside `python`; `settings` are the engine's own."""
-    request, answer = home / f"{engine}-request.json", home / f"{engine}-answer.json"
-    request.write_text(json.dumps({"model": str(model), "prompts": prompts, "new_tokens": new_tokens} | settings))
-    run([python, Path(__file__).with_name("generate.py"), engine, request, answer], home)
-    result: Answer = json.loads(answer.read_text())
-    return result
+    request = {"model": str(model), "prompts": prompts, "new_tokens": new_tokens} | settings
+    answer: Answer = exchange([python, HERE / "generate.py", engine], request, home, path)
+    return answer
+
+
+def exchange(command: list[str | Path], request: object, home: Path, path: Sequence[Path] = ()) -> Any:
+    """Run a script that reads one JSON file and writes another; what it wrote."""
+    question, answer = home / "request.json", home / "answer.json"
+    question.write_text(json.dumps(request))
+    run([*command, question, answer], home, path)
+    return json.loads(answer.read_text())
 
 
 def interpreter(engine: str, repo: Path) -> Path:

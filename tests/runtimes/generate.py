@@ -9,16 +9,23 @@ float32 and offline, and what follows an end-of-text token means nothing: engine
 
 # mypy: disable-error-code="import-not-found,no-untyped-call"
 
+import contextlib
+import http.client
 import json
 import os
+import socket
+import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 Prompts = list[list[int]]
 
+ROTARY = ["-rotary_embedding"]
+"""For vLLM's `custom_ops`: without its own rotary kernel."""
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -26,6 +33,8 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process, so that none outlives a time-out
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # several workers on one memory node, where vLLM would bind none
+    "OMP_NUM_THREADS": "1",  # threads that wait for each other are slower than tiny models
     "VLLM_MLA_DISABLE": "1",  # on a CPU, latent attention knows the widths of released models only
 }
 
@@ -51,22 +60,73 @@ def transformers_tokens(
     return {"version": transformers.__version__, "tokens": answers, "margins": margins}
 
 
-def vllm_tokens(
-    model: str, prompts: Prompts, new_tokens: int, hf_overrides: dict[str, Any] | None = None
-) -> dict[str, Any]:
-    """vLLM's CPU backend.
+def vllm_tokens(model: str, prompts: Prompts, new_tokens: int, **arguments: Any) -> dict[str, Any]:
+    """vLLM's CPU backend; `arguments` are the engine's.
 
     Its own rotary kernel turns only the first head of queries shaped (tokens, heads, width), as DeepSeek's are (0.32).
     """
     import vllm
 
+    settings: dict[str, Any] = {"enforce_eager": True, "compilation_config": {"custom_ops": ROTARY}} | arguments
     engine = vllm.LLM(
-        model=model, dtype="float32", enforce_eager=True, max_model_len=256, max_num_seqs=8, skip_tokenizer_init=True,
-        compilation_config={"custom_ops": ["-rotary_embedding"]}, hf_overrides=hf_overrides or {},
+        model=model, dtype="float32", max_model_len=256, max_num_seqs=8, skip_tokenizer_init=True, **settings
     )  # fmt: skip
     params = vllm.SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True, detokenize=False)
     outputs = engine.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
     return {"version": vllm.__version__, "tokens": [list(output.outputs[0].token_ids) for output in outputs]}
+
+
+def vllm_each(models: list[str], prompts: Prompts, new_tokens: int) -> list[dict[str, Any]]:
+    """vLLM's CPU backend on one model after another: it starts once."""
+    return [vllm_tokens(model, prompts, new_tokens) for model in models]
+
+
+def vllm_server(model: str, prompts: Prompts, new_tokens: int, arguments: Sequence[str] = ()) -> dict[str, Any]:
+    """vLLM's OpenAI server, asked over loopback; `arguments` are those of its command line."""
+    import vllm
+
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--host", "127.0.0.1",
+        "--port", str(port), "--dtype", "float32", "--enforce-eager", "--max-model-len", "256", "--max-num-seqs", "8",
+        "--compilation-config", json.dumps({"custom_ops": ROTARY}), *arguments,
+    ]  # fmt: skip
+    request = {
+        "model": model, "prompt": prompts, "max_tokens": new_tokens, "temperature": 0.0, "ignore_eos": True,
+        "return_token_ids": True,
+    }  # fmt: skip
+    with subprocess.Popen(command, env=os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}) as server:
+        try:
+            _wait_for(server, port, 200)
+            choices = _http(port, "POST", "/v1/completions", request)["choices"]
+        finally:
+            server.terminate()
+    return {"version": vllm.__version__, "tokens": [c["token_ids"] for c in sorted(choices, key=lambda c: c["index"])]}
+
+
+def _wait_for(server: subprocess.Popen[bytes], port: int, seconds: float) -> None:
+    """Return as soon as the server answers; fail if it ends or takes longer."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            _http(port, "GET", "/v1/models")
+            return
+        except ConnectionRefusedError:
+            if server.poll() is not None or time.monotonic() > deadline:
+                raise
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            server.wait(0.2)
+
+
+def _http(port: int, method: str, path: str, body: object = None) -> Any:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=100)
+    with contextlib.closing(connection):
+        connection.request(method, path, json.dumps(body) if body else None, {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        text = response.read()
+        assert response.status == 200, text
+        return json.loads(text)
 
 
 def mlx_tokens(model: str, prompts: Prompts, new_tokens: int) -> dict[str, Any]:
@@ -124,9 +184,11 @@ def convert_to_gguf(model: str, gguf: Path) -> None:
     convert_hf_to_gguf.main()
 
 
-ENGINES: dict[str, Callable[..., dict[str, Any]]] = {
+ENGINES: dict[str, Callable[..., Any]] = {
     "transformers": transformers_tokens,
     "vllm": vllm_tokens,
+    "vllm_each": vllm_each,
+    "vllm_server": vllm_server,
     "mlx": mlx_tokens,
     "llama": llama_tokens,
 }

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from differing import differing
 from golden_names import as_checkpoint, expand
 from tiny_models import tiny_model
 
@@ -38,6 +39,7 @@ BLOCKS = replace(FP8, width=2048, block=128)
 # (rule, runtime): a subject that keeps it, changes that break it, and what is then found.
 CASES: dict[tuple[str, ...], tuple[LintSubject, dict[str, Any], str]] = {
     **{("alike", r): (QWEN3, {"uneven": True}, "refuses") for r in RUNTIMES},
+    ("alike", "vLLM", "quantised"): (GPT_OSS, {"uneven": True}, "refuses"),
     **{("groups", r): (DEEPSEEK_V3, {"experts": 250}, "refuses") for r in RUNTIMES if r != "vLLM"},
     ("groups", "vLLM"): (DEEPSEEK_V3, {"experts": 250}, "wrong"),
     **{("group-size", r): (DEEPSEEK_V3, {"experts": 8, "top_k": 4}, "refuses") for r in RUNTIMES if r != "vLLM"},
@@ -114,6 +116,23 @@ def test_every_runtime_is_judged_in_order() -> None:
         ("loads", "tuned-config"),
     ]
     assert [f.status for f in findings if f.runtime == "transformers"] == ["fast"]
+
+
+def test_rules_are_asked_of_every_layer() -> None:
+    """Where layers differ, the first that breaks a rule is named, and what fits must fit all."""
+    uneven = replace(QWEN3, uneven=True, layers=((128, 8), (96, 8), (64, 4)), heads=64)
+    reasons = [f.reason for f in lint(uneven) if f.runtime == "vLLM"]
+    assert "layers differ" in reasons[0] and "for 96 experts" in reasons[1] and "for 96 experts" in reasons[2]
+    assert fit(uneven, "vLLM") == Fit("vLLM", (), (1, 2, 4, 8, 16, 32, 64), (1, 2, 4, 8, 16, 32))
+    assert fit(replace(uneven, layers=((128, 8), (20, 4))), "vLLM").tp == (1, 2, 4, 8, 16)
+    assert fit(replace(uneven, layers=((128, 8), (20, 4))), "vLLM").ep == (1, 2, 4)
+
+
+def test_subject_of_layers_that_differ(demo_model: Path, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(differing(demo_model, tmp_path / "out"))
+    subject = lint_subject(read_geometry(checkpoint), checkpoint.config)
+    assert subject.uneven and (subject.experts, subject.top_k) == (32, 4)
+    assert subject.layers == ((32, 4), (24, 3), (32, 4), (24, 3))
 
 
 def test_deepseek_v3_counts_that_keep_the_grouped_kernel() -> None:
