@@ -1,8 +1,8 @@
 """What the largest published checkpoints ask of a laptop: sparse files of their real size, with their real headers.
 
-For each, from the command line: make a plan from the routers; dry-run it; do both in one command. Then a real `prune`
-of gpt-oss-20b, structure and bytes checked. All runs are child processes; time is wall time, memory the child's peak
-resident set. Prints one row a run; exits 1 if a target is missed.
+For each, from the command line: make a plan from the routers; dry-run it; do both in one command; write a lower top-k
+with all shards linked. Then a real `prune` of gpt-oss-20b, structure and bytes checked. All runs are child processes;
+time is wall time, memory the child's peak resident set. Prints one row a run; exits 1 if a target is missed.
 """
 
 from __future__ import annotations
@@ -52,11 +52,14 @@ def expertcut(*arguments: str | Path) -> tuple[float, float, int]:
 def runs(name: str) -> dict[str, tuple[float, float, int]]:
     """What planning one model takes."""
     source, plan, out = SPARSE / name, SPARSE / f"{name}.json", SPARSE / "out"
-    return {
+    found = {
         "plan": expertcut("plan", source, *CHOICE, "-o", plan),
         "dry run": expertcut("prune", source, out, "--plan", plan, "--dry-run"),
         "both": expertcut("prune", source, out, *CHOICE, "--dry-run"),
+        "top-k, linked": expertcut("prune", source, out, "--top-k", "4", "--link", "--no-verify"),
     }
+    shutil.rmtree(out)
+    return found
 
 
 def main() -> None:

@@ -1,5 +1,7 @@
 """How fast and how small `prune` is: side by side with `cp` + sync, and with load + slice + save in transformers.
 
+Halving the experts, and a lower top-k alone, which leaves all tensors as they are.
+
 All runs are child processes, interleaved, source warm in the page cache, results synced to the same file system before
 the clock stops. Time is wall time; memory is the child's peak resident set. Prints medians and ratios; exits 1 if a
 target is missed.
@@ -79,10 +81,11 @@ def python(code: str, *arguments: str | Path) -> tuple[float, float, str]:
     return child(sys.executable, "-c", code, *map(str, arguments))
 
 
-def expertcut(plan: Path, *more: str) -> dict[str, float]:
+def expertcut(plan: Path, *more: str, verify: bool = False) -> dict[str, float]:
     """The command as users run it, but for the verification afterwards, which `cp` has not either."""
     shutil.rmtree(OUT, ignore_errors=True)
-    arguments = ("prune", str(MODEL), str(OUT), "--plan", str(plan), *(more or ("--no-verify",)), "--json")
+    options = (*more, "--json") if verify else (*more, "--json", "--no-verify")
+    arguments = ("prune", str(MODEL), str(OUT), "--plan", str(plan), *options)
     seconds, peak, answer = child(sys.executable, "-m", "expertcut", *arguments)
     told = json.loads(answer)
     return {"seconds": seconds, "moving": told["seconds"], "peak": peak, "nbytes": told["nbytes_written"]}
@@ -106,13 +109,15 @@ def imports_torch(plan: Path) -> bool:
     return any(line.split("|")[-1].strip() in ("torch", "transformers") for line in run.stderr.splitlines())
 
 
-def cp() -> dict[str, float]:
-    """Copy the shards that `expertcut` has just written or taken over, and sync the copies."""
+def cp(*, link: bool = False) -> dict[str, float]:
+    """Copy the shards that `expertcut` has just written or taken over, or link to them, and sync the result."""
     shutil.rmtree(COPY, ignore_errors=True)
     COPY.mkdir()
-    line = 'cp --reflink=never "$0"/*.safetensors "$1" && sync "$1"/*.safetensors'
+    how = "-l" if link else "--reflink=never"
+    line = f'cp {how} "$0"/*.safetensors "$1" && sync "$1" "$1"/*.safetensors'
     seconds, peak, _ = child("sh", "-c", line, str(OUT), str(COPY))
-    return {"seconds": seconds, "peak": peak}
+    nbytes = 0 if link else sum(path.stat().st_size for path in COPY.iterdir())
+    return {"seconds": seconds, "peak": peak, "nbytes": nbytes}
 
 
 def transformers(plan: Path) -> dict[str, float]:
@@ -132,10 +137,12 @@ def measure(rounds: int) -> dict[str, dict[str, float]]:
         "cp": cp,
         "transformers": lambda: transformers(plans[32]),
         "prune, keep 1/4": lambda: expertcut(plans[16]),
-        "prune, keep all": lambda: expertcut(plans[64], "--no-verify", "--max-shard-size", "5GB"),
-        "top-k only, linked and verified": lambda: expertcut(lower, "--link"),
-        "top-k only, copied": lambda: expertcut(lower),
-        "cp, all of it": cp,
+        "prune, keep all": lambda: expertcut(plans[64], "--max-shard-size", "5GB"),
+        "top-k only": lambda: expertcut(lower),
+        "cp, top-k only": cp,
+        "top-k only, linked": lambda: expertcut(lower, "--link"),
+        "cp -l": lambda: cp(link=True),
+        "top-k only, linked, verified": lambda: expertcut(lower, "--link", verify=True),
     }
     found: dict[str, list[dict[str, float]]] = {name: [] for name in jobs}
     for number in range(rounds + 1):  # the first round warms the page cache
@@ -162,17 +169,16 @@ def main() -> None:
         written = run.get("nbytes", found["prune"]["nbytes"])
         table.add_row(name, f"{run['seconds']:.2f}", moving, f"{written / MB:.0f}", f"{run['peak'] / MB:.0f}")
     ours, copy, theirs = found["prune"], found["cp"], found["transformers"]
-    linked, copied, all_of_it = (
-        found[name] for name in ("top-k only, linked and verified", "top-k only, copied", "cp, all of it")
-    )
+    lower, all_of_it, linked = (found[name] for name in ("top-k only", "cp, top-k only", "top-k only, linked"))
     growth = (found["prune, keep all"]["peak"] - found["prune, keep 1/4"]["peak"]) / MB
     targets = [
         ("speed of cp + sync, while moving", copy["seconds"] / ours["moving"], ">=", 0.9),
         ("speed of cp + sync, whole process", copy["seconds"] / ours["seconds"], ">=", 0.5),
         ("times faster than transformers", theirs["seconds"] / ours["seconds"], ">=", 5.0),
         ("times less memory than transformers", theirs["peak"] / ours["peak"], ">=", 10.0),
-        ("speed of cp + sync, top-k only, copied", all_of_it["seconds"] / copied["seconds"], ">=", 0.5),
-        ("times faster than cp + sync, top-k only, linked", all_of_it["seconds"] / linked["seconds"], ">=", 1.0),
+        ("speed of cp + sync, top-k only, while moving", all_of_it["seconds"] / lower["moving"], ">=", 0.9),
+        ("times faster than that, linked, while moving", all_of_it["seconds"] / linked["moving"], ">=", 10.0),
+        ("seconds, linked, whole process", linked["seconds"], "<=", 1.0),
         ("peak MB", ours["peak"] / MB, "<=", 150.0),
         ("peak MB more for four times the experts", growth, "<=", 5.0),
     ]
