@@ -51,6 +51,6 @@ ensure_venv() {
     "$venv/bin/python" -m pip --version >/dev/null 2>&1 || create_venv "$venv"
     say "installing expertcut and the tested versions of its dependencies into .venv (the first time takes minutes)"
     "$venv/bin/python" -m pip install --quiet --constraint "$pins" torch
-    "$venv/bin/python" -m pip install --quiet --constraint "$pins" --editable "$ROOT[dev]"
+    "$venv/bin/python" -m pip install --quiet --constraint "$pins" --editable "$ROOT[dev,eval]"
     fingerprint >"$stamp"
 }

@@ -15,8 +15,9 @@ from typing import Literal
 Part = Literal["calibration", "heldout"]
 
 LINES = 40
-# Operator: how often it is drawn, and the largest operand.
-_OPERATORS = {"+": (0.5, 99), "-": (0.3, 99), "*": (0.2, 9)}
+OPERATORS = ("+", "-", "*")
+_SHARES = (0.5, 0.3, 0.2)
+_LARGEST = {"+": 99, "-": 99, "*": 9}
 
 
 def part_of(operator: str, a: int, b: int) -> Part:
@@ -32,14 +33,18 @@ def arithmetic(part: Part, seed: int) -> Iterator[str]:
         yield "".join(_line(rng, part) for _ in range(LINES))
 
 
-def _line(rng: random.Random, part: Part) -> str:
-    (operator,) = rng.choices(list(_OPERATORS), [share for share, _ in _OPERATORS.values()])
-    limit = _OPERATORS[operator][1]
+def draw(rng: random.Random, operator: str, part: Part) -> tuple[int, int, int]:
+    """Draw a problem of one part: both operands and the result."""
     while True:
-        a, b = rng.randint(0, limit), rng.randint(0, limit)
+        a, b = rng.randint(0, _LARGEST[operator]), rng.randint(0, _LARGEST[operator])
         if part_of(operator, a, b) == part:
             break
     if operator == "-":
         a, b = max(a, b), min(a, b)
-    result = a + b if operator == "+" else a - b if operator == "-" else a * b
+    return a, b, a + b if operator == "+" else a - b if operator == "-" else a * b
+
+
+def _line(rng: random.Random, part: Part) -> str:
+    (operator,) = rng.choices(OPERATORS, _SHARES)
+    a, b, result = draw(rng, operator, part)
     return f"{a}{operator}{b}={result}\n"

@@ -97,9 +97,9 @@ def profile_model(
 
 @contextmanager
 def open_stream(
-    checkpoint: Checkpoint, geometry: Geometry, data: CalibrationSet, options: ProfileOptions, notify: Notify
+    checkpoint: Checkpoint, geometry: Geometry, data: CalibrationSet | None, options: ProfileOptions, notify: Notify
 ) -> Iterator[LayerStream]:
-    """Open a model for running `data` through it, and close it in the end.
+    """Open a model for running `data` through it (None: sequences known to be short enough); close it in the end.
 
     Raises:
         ProfileError: sequences longer than the model's positions.
@@ -112,7 +112,8 @@ def open_stream(
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.dtype, device, checkpoint)
     with closing(LayerStream(checkpoint, geometry, device=device, dtype=dtype, resident=options.resident)) as stream:
-        _check_length(stream, data)
+        if data is not None:
+            _check_length(stream, data)
         yield stream
 
 

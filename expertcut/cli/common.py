@@ -129,6 +129,15 @@ class Output:
         with progress_bar(self.stderr, what, lambda speed: rate(speed * scale)) as advance:
             yield advance
 
+    @contextlib.contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Off a terminal, drop what libraries print on stderr, such as bars; the command's own lines still appear."""
+        if self.stderr.is_terminal:
+            yield
+            return
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+            yield
+
     def _line(self, label: str, message: str, style: str = "") -> None:
         from rich.text import Text
 

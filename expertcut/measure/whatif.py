@@ -49,11 +49,7 @@ def evaluate(
         ProfileError: sequences are longer than the model's positions.
         UsageError: a plan is named `base`.
     """
-    if BASE in plans:
-        raise UsageError(f"a plan is named {BASE!r}, which is the unchanged model's name", "rename it")
-    for plan in plans.values():
-        check_fingerprint(plan.source.fingerprint, checkpoint, geometry)
-        validate(plan, geometry)
+    check_plans(plans, checkpoint, geometry)
     sequences = [s for s in data.sequences if len(s.ids) > 1]
     if not sequences:
         raise DataError("the held-out text has no sequence of two tokens, so that there is nothing to predict")
@@ -61,13 +57,27 @@ def evaluate(
     domain = [domains.index(s.domain) for s in sequences]
     batches = make_batches([s.ids for s in sequences], domain, options.micro_tokens)
     with open_stream(checkpoint, geometry, data, options, notify) as stream:
-        passage, tracks = _run(stream, batches, list(plans.values()), notify, advance)
+        passage, tracks = run_plans(stream, batches, list(plans.values()), notify, advance)
         sums = _compare(passage, len(sequences))[:, [0, *tracks]]
     tokens = np.array([len(s.ids) - 1 for s in sequences])
     return WhatIf((BASE, *plans), domains, np.array(domain), tokens, **dict(zip(METRICS, sums, strict=True)))
 
 
-def _run(
+def check_plans(plans: Mapping[str, Plan], checkpoint: Checkpoint, geometry: Geometry) -> None:
+    """Check, before anything runs, that every plan is one for this checkpoint.
+
+    Raises:
+        PlanError: a plan does not fit the checkpoint.
+        UsageError: a plan is named `base`.
+    """
+    if BASE in plans:
+        raise UsageError(f"a plan is named {BASE!r}, which is the unchanged model's name", "rename it")
+    for plan in plans.values():
+        check_fingerprint(plan.source.fingerprint, checkpoint, geometry)
+        validate(plan, geometry)
+
+
+def run_plans(
     stream: LayerStream, batches: Sequence[Batch], plans: Sequence[Plan], notify: Notify, advance: Advance
 ) -> tuple[Passage, list[int]]:
     """Take base (track 0) and plans through all layers. Returns the track of each plan, 0 if it changes nothing."""

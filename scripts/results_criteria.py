@@ -1,0 +1,107 @@
+"""The tables of docs/results.md on criteria; see the script beside it. Prints Markdown.
+
+Held-out text is parted in two: `auto` chooses on one half, and every figure is of the other.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import geometric_mean
+
+from results_common import OPTIONS, SEEDS, Subject, arguments, out, pooled, say, silent, subjects, table
+
+from expertcut.calibrate.data import CalibrationSet
+from expertcut.choose import Plan, make_plan
+from expertcut.choose.criteria import CRITERIA
+from expertcut.measure.arithmetic import arithmetic_accuracy, arithmetic_items
+from expertcut.measure.intervals import Estimate
+from expertcut.measure.objective import Objective
+from expertcut.measure.quality import WhatIf
+from expertcut.measure.search import judge_with, scored
+
+DROPPED = (0.25, 0.5)
+PATTERNS = ("first", "last")
+"""Criteria without a row: `odd` and `even` stand for the patterns."""
+AUTO, BESIDE = "auto", "reap"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One calibration seed."""
+
+    found: WhatIf
+    chosen: str
+    correct: dict[str, float]
+    """Share of arithmetic items answered right, by plan and of the base."""
+
+
+def run(subject: Subject, seed: int, share: float, select: CalibrationSet, report: CalibrationSet, tokens: int,
+        scratch: Path, items: int) -> Run:  # fmt: skip
+    """Plans by every criterion from one draw of calibration text, measured on the report half."""
+    data = subject.text(subject.calibration, tokens, seed)
+    profile = subject.profile(data, scratch / f"{subject.folder.name}-{seed}-{share}")
+    plans = {
+        name: make_plan(subject.checkpoint, subject.geometry, strategy=name, keep=1 - share, profile=profile, seed=seed)
+        for name in CRITERIA if name not in PATTERNS
+    }  # fmt: skip
+    judging = {name: plan for name, plan in plans.items() if CRITERIA[name].needs}
+    judge = judge_with(subject.checkpoint, subject.geometry, select, OPTIONS, notify=say, advance=silent)
+    chosen = scored(judge, judging, Objective())[0][0].name
+    judge = judge_with(subject.checkpoint, subject.geometry, report, OPTIONS, notify=say, advance=silent)
+    plans = {AUTO: plans[chosen]} | plans
+    return Run(judge(plans), chosen, _arithmetic(subject, plans, items))
+
+
+def _arithmetic(subject: Subject, plans: dict[str, Plan], items: int) -> dict[str, float]:
+    answers = arithmetic_accuracy(
+        subject.checkpoint, subject.geometry, plans, arithmetic_items(items), OPTIONS, notify=say, advance=silent
+    )
+    return {name: answers.accuracy(name).value for name in answers.names}
+
+
+def report(subject: Subject, share: float, runs: list[Run]) -> float:
+    """Print one table; returns the geometric mean over seeds of what auto loses beside reap."""
+    found, base = pooled([run.found for run in runs]), runs[0].correct["base"]
+    out(f"\n#### {subject.title}, {share:.0%} dropped\n",
+        f"Base: {found.mean('nll', 'base'):.3f} nats per token over {found.count():,} tokens in {found.sequences()} "
+        f"sequences; {base:.1%} of the arithmetic right.\n")  # fmt: skip
+    names = sorted(found.names[1:], key=lambda name: found.change(name).value)
+    rows = []
+    for name in names:
+        single = [run.found.change(name).value for run in runs]
+        right = [run.correct[name] for run in runs]
+        label = f"**auto** ({', '.join(dict.fromkeys(run.chosen for run in runs))})" if name == AUTO else name
+        rows.append([label, _shown(found.change(name)), f"{min(single):.3f} to {max(single):.3f}",
+                     f"{found.mean('kl', name):.3f}", f"{sum(right) / len(right):.1%}"])  # fmt: skip
+    out(table(["criterion", "change of the loss", "over seeds", "KL", "arithmetic right"], rows))
+    ratio = geometric_mean(run.found.change(AUTO).value / run.found.change(BESIDE).value for run in runs)
+    out(f"\nauto / {BESIDE}, geometric mean over seeds: {ratio:.2f}")
+    return ratio
+
+
+def _shown(found: Estimate) -> str:
+    return f"{found.value:+.4f} ({found.low:+.4f} to {found.high:+.4f})"
+
+
+def main() -> None:
+    parser = arguments("What fewer experts cost, by every criterion.", 16384, 65536)
+    parser.add_argument("--items", type=int, default=2000, help="arithmetic problems")
+    given = parser.parse_args()
+    ratios = []
+    with tempfile.TemporaryDirectory() as folder:
+        for subject in subjects(given, Path(folder)):
+            select, held = subject.text(subject.heldout, given.heldout_tokens, 0).parted(2)
+            for share in DROPPED:
+                runs = []
+                for seed in SEEDS:
+                    runs.append(run(subject, seed, share, select, held, given.tokens, Path(folder), given.items))
+                    say(f"{subject.folder.name}: {share:.0%}, seed {seed} done, auto is {runs[-1].chosen}")
+                ratio = report(subject, share, runs)
+                ratios += [ratio] * (share == DROPPED[-1])
+    out(f"\nHalf dropped, all models: auto loses {geometric_mean(ratios):.2f} of what {BESIDE} does (geometric mean).")
+
+
+if __name__ == "__main__":
+    main()
