@@ -22,6 +22,7 @@ from expertcut.calibrate.executor import LayerStream, find_block, find_experts
 from expertcut.choose.make import Request
 from expertcut.errors import PlanError
 from expertcut.measure.variants import Renumbered, Variant
+from expertcut.model import Family
 
 TOKENS = 1024
 """Tokens that are replayed, at most, evenly spaced over the calibration text."""
@@ -44,8 +45,15 @@ class Sample:
         self._experts: Call | None = None
 
     @contextmanager
-    def watching(self, block: nn.Module, experts: nn.Module) -> Iterator[None]:
-        """Take notes while this lasts."""
+    def watching(self, layer: nn.Module, family: Family) -> Iterator[None]:
+        """Take notes of a decoder layer while this lasts.
+
+        Raises:
+            PlanError: its router is no part of a block that could run by itself.
+        """
+        block, experts = find_block(layer, family), layer.get_submodule(find_experts(layer) or "")
+        if block is layer:
+            raise PlanError("the router lies outside the MoE block, which cannot be replayed", "use another --strategy")
 
         def on_block(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._block = args, kwargs
@@ -64,8 +72,7 @@ class Sample:
         assert self.domain_T is not None
         tokens, block, experts = len(self.domain_T), self._block, self._experts
         self.discard()
-        if block is None or experts is None:
-            raise PlanError("the router lies outside the MoE block, which cannot be replayed", "use another --strategy")
+        assert block is not None and experts is not None, "commit without a forward pass"
         valid = torch.nonzero(self.domain_T >= 0).flatten()
         at = valid[-self._seen % self.every :: self.every]
         self._seen += len(valid)

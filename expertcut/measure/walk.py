@@ -16,7 +16,7 @@ from torch import nn
 
 from expertcut.calibrate.batches import make_batches
 from expertcut.calibrate.data import CalibrationSet
-from expertcut.calibrate.executor import LayerStream, find_block, find_experts
+from expertcut.calibrate.executor import LayerStream
 from expertcut.calibrate.overlap import sequence_hashes
 from expertcut.calibrate.passage import Advance, Notify, Passage, Watcher
 from expertcut.calibrate.profile import MOMENTS, TEXT, Profile
@@ -92,8 +92,7 @@ class _Walk:
             watchers: list[Watcher] = [observer]
             if self.request.criterion.needs_replay:
                 sample = Sample(max(1, -(-sum(self.profile.meta.tokens().values()) // TOKENS)))
-                experts = base.get_submodule(find_experts(base) or "")
-                watching.enter_context(sample.watching(find_block(base, self.stream.geometry.family), experts))
+                watching.enter_context(sample.watching(base, self.stream.geometry.family))
                 watchers.append(sample)
             self.passage.step(block.layer, base, track, _Together(watchers))
         self.profile = Profile(self.profile.meta, {**self.profile.arrays, **observer.sums.arrays(block.prefix)})
