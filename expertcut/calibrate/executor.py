@@ -274,7 +274,7 @@ def _all_experts(layer: nn.Module) -> Iterator[str]:
 
 def find_router(layer: nn.Module, family: Family) -> nn.Module:
     """Return the router module of a layer: the one whose output holds the logits."""
-    return _moe_block(layer, family).get_submodule(family.live[0] if family.live else family.router)
+    return find_block(layer, family).get_submodule(family.live[0] if family.live else family.router)
 
 
 def find_matrix(layer: nn.Module, family: Family, rows: int) -> tuple[nn.Module, str]:
@@ -291,11 +291,12 @@ def find_bias(layer: nn.Module, family: Family) -> tuple[nn.Module, str] | None:
     if path is None:
         return None
     name, _, leaf = path.rpartition(".")
-    owner = _moe_block(layer, family).get_submodule(name)
+    owner = find_block(layer, family).get_submodule(name)
     return (owner, leaf) if hasattr(owner, leaf) else None
 
 
-def _moe_block(layer: nn.Module, family: Family) -> nn.Module:
+def find_block(layer: nn.Module, family: Family) -> nn.Module:
+    """Return the module of a layer that holds the router."""
     return layer.get_submodule(family.block if family.live_block is None else family.live_block)
 
 

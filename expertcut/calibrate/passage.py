@@ -57,10 +57,9 @@ class Passage:
         self.carried.append(list(self.carried[track]))
         return len(self.hidden) - 1
 
-    def drop(self, track: int) -> None:
+    def drop(self) -> None:
         """Forget the last track."""
-        assert track == len(self.hidden) - 1
-        del self.hidden[track], self.carried[track]
+        del self.hidden[-1], self.carried[-1]
 
     def step(self, index: int, layer: nn.Module, track: int = 0, observer: Watcher | None = None) -> None:
         """Take every micro-batch of a track through one layer."""

@@ -21,6 +21,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import expertcut
 from expertcut.calibrate import hf
@@ -85,7 +86,7 @@ def profile_model(
         CheckpointError: the model cannot be run.
     """
     with open_stream(checkpoint, geometry, data, options, notify) as stream:
-        meta = _meta(checkpoint, geometry, data, options, tokenizer, stream.dtype)
+        meta = profile_meta(checkpoint, geometry, data, options, tokenizer, stream.dtype)
         state = _State(out, meta, stream)
         _pass(stream, geometry, data, options, state, notify, advance)
     hashes = sequence_hashes(s.ids for s in data.sequences)
@@ -135,19 +136,7 @@ def _pass(
         layer = stream.load(index)
         stream.read_ahead(index + 1)
         block = stream.block(index)
-        observer = None
-        if block is not None:
-            name = find_experts(layer) or ""
-            experts: Any = layer.get_submodule(name)
-            sums = BlockSums(
-                domains=len(data.domains), experts=geometry.num_experts, top_k=geometry.top_k,
-                hidden=experts.down_proj.shape[2 if experts.is_transposed else 1],
-                renormalise=geometry.renormalise, pair_domains=options.pair_domains, moments=options.moments,
-                device=stream.device, tail=geometry.tail, skips=geometry.family.skips,
-            )  # fmt: skip
-            router, bias = find_router(layer, geometry.family), find_bias(layer, geometry.family)
-            residual = open_residual(layer, name, stream.config)
-            observer = Observer(geometry.family.scoring, sums, router, bias and getattr(*bias), experts, residual)
+        observer = None if block is None else open_observer(stream, layer, len(data.domains), options)
         passage.step(index, layer, observer=observer)
         if observer is not None and block is not None:
             observer.close()
@@ -157,10 +146,26 @@ def _pass(
         advance(index + 1, last + 1)
 
 
-def _meta(
+def open_observer(stream: LayerStream, layer: nn.Module, domains: int, options: ProfileOptions) -> Observer:
+    """Watch the MoE block of a loaded decoder layer; the caller closes the observer."""
+    name, geometry = find_experts(layer) or "", stream.geometry
+    experts: Any = layer.get_submodule(name)
+    sums = BlockSums(
+        domains=domains, experts=geometry.num_experts, top_k=geometry.top_k,
+        hidden=experts.down_proj.shape[2 if experts.is_transposed else 1],
+        renormalise=geometry.renormalise, pair_domains=options.pair_domains, moments=options.moments,
+        device=stream.device, tail=geometry.tail, skips=geometry.family.skips,
+    )  # fmt: skip
+    router, bias = find_router(layer, geometry.family), find_bias(layer, geometry.family)
+    residual = open_residual(layer, name, stream.config)
+    return Observer(geometry.family.scoring, sums, router, bias and getattr(*bias), experts, residual)
+
+
+def profile_meta(
     checkpoint: Checkpoint, geometry: Geometry, data: CalibrationSet, options: ProfileOptions, tokenizer: str,
     dtype: torch.dtype,
 ) -> ProfileMeta:  # fmt: skip
+    """Return what a profile says of itself; `tokenizer` is the tokenizer's fingerprint."""
     record = DataRecord(
         fingerprint=data.fingerprint, tokens=data.tokens_by_domain, seq_len=data.seq_len, packed=data.packed,
         seed=data.seed, sources=data.sources,

@@ -39,6 +39,8 @@ def _chosen(checkpoint: Checkpoint, geometry: Geometry, plan: Plan, experts: int
     strategy = told.get("criterion")
     if strategy is None:
         raise PlanError("the plan does not say by which criterion its experts were chosen")
+    if told.get("sequential") or get_criterion(strategy).needs_replay:
+        raise PlanError("the plan's experts were chosen while the model ran")
     scored, weights = get_criterion(strategy).needs_profile, told.get("domain_weights")
     if scored or told.get("super_experts"):
         if profile is None:

@@ -2,7 +2,8 @@
 
 It returns scores, (E,): higher means keep, and an expert that was never routed to scores 0 where data decide. Or
 losses, (E, E), where experts count together: entry (i, j) is what dropping both costs, the diagonal what dropping one
-does, and the set goes whose entries sum to the least. Invariant: float64 and finite. Ties are the selection's business
+does, and the set goes whose entries sum to the least. Or, where the model itself is asked, a function that tells what
+dropping whole sets costs. Invariant: float64 and finite. Ties are the selection's business
 (the lower id wins). Legend: E experts.
 """
 
@@ -14,7 +15,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +27,19 @@ if TYPE_CHECKING:
     from expertcut.choose.weights import WeightStats
 
 Scores = NDArray[np.float64]
+
+
+class SetLosses(Protocol):
+    """Tells what dropping whole sets of experts costs."""
+
+    def __len__(self) -> int:
+        """Return E."""
+
+    def __call__(self, gone_SE: NDArray[np.bool_]) -> Scores:
+        """Sets to drop, one a row → what each costs, (S,), finite. As many go from every group, in all rows."""
+
+
+Found = Scores | SetLosses
 _F = TypeVar("_F", bound=Callable[[Any], Scores])
 
 
@@ -48,8 +62,8 @@ class Criterion:
     """`arXiv:…` of the source, if it has one."""
     needs: tuple[str, ...]
     """Fields of the statistics that it reads; none for index patterns."""
-    score: Callable[[Any], Scores]
-    """`PatternStats`, `WeightStats` or `LayerStats` → (E,) scores or (E, E) losses."""
+    score: Callable[[Any], Any]
+    """`PatternStats`, `WeightStats` or `LayerStats` → (E,) scores or (E, E) losses; `SetLosses` as they are."""
 
     @property
     def needs_weights(self) -> bool:
@@ -59,11 +73,18 @@ class Criterion:
     @property
     def needs_profile(self) -> bool:
         """True if it reads a profile's `LayerStats`."""
-        return not set(self.needs) <= OF_WEIGHTS
+        return not self.needs_replay and not set(self.needs) <= OF_WEIGHTS
+
+    @property
+    def needs_replay(self) -> bool:
+        """True if it asks the model itself, layer by layer: see `expertcut.measure.replay`."""
+        return self.needs == REPLAY
 
 
 OF_WEIGHTS = {"router_norm", "weight_mean", "weight_rms"}
 """What a `WeightStats` has."""
+REPLAY = ("replay",)
+"""What is asked of the model itself: a `SetLosses`."""
 FAMILY = "unified:A,B[,sum]"
 """How strategies are written that are a family of criteria; see `unified`."""
 _SUMS = {
@@ -74,7 +95,9 @@ _SUMS = {
 _UNIFIED = "arXiv:2606.15716"
 _registry: dict[str, Criterion] = {}
 CRITERIA = MappingProxyType(_registry)
-"""Every criterion by name, in the order of this file."""
+"""Every criterion by name, in the order of this file, but those that ask the model itself."""
+NAEE = Criterion("naee", "arXiv:2402.14800", REPLAY, lambda replay: replay)
+"""How much the layer's routed output changes when a set is dropped and its tokens are rerouted."""
 
 
 def criterion(name: str, *, paper: str | None = None, needs: tuple[str, ...] = ()) -> Callable[[_F], _F]:
@@ -96,10 +119,12 @@ def get_criterion(name: str) -> Criterion:
     """
     if name.partition(":")[0] == "unified":
         return unified(name)
+    if name == NAEE.name:
+        return NAEE
     if name not in CRITERIA:
-        close = difflib.get_close_matches(name, CRITERIA, n=1)
+        close = difflib.get_close_matches(name, [*CRITERIA, NAEE.name], n=1)
         raise UsageError(
-            f"unknown strategy {name!r}; known: {', '.join(CRITERIA)}, {FAMILY}",
+            f"unknown strategy {name!r}; known: {', '.join(CRITERIA)}, {NAEE.name}, {FAMILY}",
             f"--strategy {close[0]}" if close else None,
         )
     return CRITERIA[name]

@@ -6,15 +6,15 @@ Invariant: the same inputs give the same plan, byte for byte; nothing in it tell
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from pydantic import JsonValue
 
 from expertcut.checkpoint.types import Checkpoint, valid_text
 from expertcut.choose.budget import Budget, resolve_budget
-from expertcut.choose.criteria import Criterion, PatternStats, Scores, get_criterion, without_profile
+from expertcut.choose.criteria import Criterion, Found, PatternStats, get_criterion, without_profile
 from expertcut.choose.plan import LayerPlan, Plan, Source, validate
 from expertcut.choose.protect import Protected, parse_protect, super_experts, union
 from expertcut.choose.select import select_experts
@@ -31,7 +31,89 @@ Advance = Callable[[int, int], None]
 EVERYTHING = "first"
 """The criterion where nothing is chosen, because all experts stay."""
 UNPROFILED = "router-norm"
-"""The criterion for experts that text does not use, where the plan's own criterion needs a profile."""
+"""The criterion for experts that text does not use, where the plan's own criterion looks at text."""
+Walk = Callable[["Request"], tuple[dict[str, LayerPlan], "Profile"]]
+"""Runs the model and chooses on the way; returns the layers of the plan, and what it saw of each."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of a plan, checked, before any expert is looked at."""
+
+    checkpoint: Checkpoint
+    geometry: Geometry
+    source: Source
+    criterion: Criterion
+    experts: int
+    """To keep in every layer."""
+    top_k: Mapping[str, int]
+    """Experts activated per token, by prefix of the block."""
+    per_layer: bool
+    protected: Protected
+    domain_weights: Mapping[str, float] | None
+    seed: int
+    tell: Tell
+
+    def choose(self, block: MoeBlock, found: Found) -> dict[str, LayerPlan]:
+        """Choose the experts of a block, by key: those that text uses by what the criterion found of them.
+
+        Raises:
+            PlanError: protection exceeds the budget, or what was found is not finite.
+            CheckpointError: experts that text does not use are chosen by weights, which are quantised.
+        """
+        sets = {block.prefix: found}
+        if block.twin is not None:
+            own = self.criterion
+            blind = get_criterion(UNPROFILED) if own.needs_profile or own.needs_replay else own
+            sets[block.twin.prefix] = self.unread(blind, block.twin.prefix, self.geometry.num_layers + block.layer)
+        return {
+            key: self._entry(block, select_experts(
+                one, self.experts, n_group=self.geometry.n_group, protected=self.protected.get(key, ()),
+                layer=block.layer,
+            ))
+            for key, one in sets.items()
+        }  # fmt: skip
+
+    def judged(self, block: MoeBlock, profile: Profile | None) -> Found:
+        """Return what the criterion finds of a block's experts, by a profile if it needs one."""
+        if not self.criterion.needs_profile:
+            return self.unread(self.criterion, block.prefix, block.layer)
+        assert profile is not None
+        found: Found = self.criterion.score(profile.layer(block.prefix, self.domain_weights))
+        return found
+
+    def unread(self, criterion: Criterion, prefix: str, draw: int) -> Found:
+        """Return what a criterion finds of a set of experts that needs no text; `draw` is the set's number."""
+        if criterion.needs_weights:
+            stats: Any = WeightStats(self.checkpoint, self.geometry, prefix, self.tell)
+        else:
+            stats = PatternStats(self.geometry.num_experts, draw, self.seed)
+        found: Found = criterion.score(stats)
+        return found
+
+    def draft(self, experts: int) -> Plan:
+        """Return a plan of the right shape that keeps the first so many experts, equally many of every group."""
+        size, quota = self.geometry.num_experts // self.geometry.n_group, experts // self.geometry.n_group
+        kept = tuple(e for e in range(self.geometry.num_experts) if e % size < quota)
+        layers = {key: self._entry(block, kept) for block in self.geometry.trunk for key in block.keys}
+        return self.plan(layers)
+
+    def plan(self, layers: dict[str, LayerPlan], provenance: Mapping[str, JsonValue] | None = None) -> Plan:
+        """Return the plan of these layers, validated.
+
+        Raises:
+            PlanError: the result cannot be served.
+        """
+        plan = Plan(
+            source=self.source, layers=layers, per_layer=True if self.per_layer else None,
+            provenance=dict(provenance or {}),
+        )  # fmt: skip
+        validate(plan, self.geometry)
+        return plan
+
+    def _entry(self, block: MoeBlock, kept: tuple[int, ...]) -> LayerPlan:
+        k = self.top_k[block.prefix]
+        return LayerPlan(layer=block.layer, kept=kept, top_k=None if k == self.geometry.top_k else k)
 
 
 def make_plan(
@@ -54,6 +136,8 @@ def make_plan(
     seed: int = 0,
     command: str = "",
     advance: Advance = lambda done, total: None,
+    walk: Walk | None = None,
+    sequential: bool = False,
 ) -> Plan:
     """Choose the experts to keep, equally many in every layer and group, and the top-k.
 
@@ -63,6 +147,8 @@ def make_plan(
     Without a `strategy` and a budget all experts stay, and only `top_k` changes; `per_layer` allows it to differ.
     `protect` takes `LAYER:ID[,ID…]` or `ID[,ID…]`; `protect_super` adds the super experts of the whole profile.
     `advance` hears of the bytes of weights that are read, where the strategy looks at the experts themselves.
+    `walk` chooses while it runs the model, without a profile: for the strategies that replay layers, and for those that
+    read a profile `sequential`ly, every layer behind the pruned ones.
 
     Raises:
         UsageError: options out of range or that do not go together, an unknown strategy, domain, layer or expert.
@@ -71,7 +157,9 @@ def make_plan(
         CheckpointError: the strategy looks at weights, which are quantised so that it cannot.
     """
     criterion = get_criterion(strategy or EVERYTHING)
-    _check_options(criterion, profile, domain_weights, protect_super, isinstance(top_k, MeanTopK))
+    _check_walk(criterion, walk is not None, profile, protect_super or isinstance(top_k, MeanTopK))
+    if walk is None:
+        _check_options(criterion, profile, domain_weights, protect_super, isinstance(top_k, MeanTopK))
     if strategy is None and top_k is None:
         raise UsageError("no strategy given", "for example --profile PROFILE --strategy reap, or --top-k K alone")
     if strategy is None and (experts, keep, drop, fit) == (None,) * 4:
@@ -90,40 +178,27 @@ def make_plan(
     else:
         own = fingerprint(checkpoint, geometry)
     supers = _super_experts(profile, geometry) if profile is not None and protect_super else {}
-    protected = union(named, supers)
-    layers, tell = {}, _counted(advance, checkpoint, geometry)
-    for block, judge, prefix, draw in _sets(geometry, criterion):
-        found = _judged(judge, prefix, draw, checkpoint, geometry, profile, domain_weights, seed, tell)
-        kept = select_experts(
-            found, budget.experts, n_group=geometry.n_group, protected=protected.get(prefix, ()), layer=block.layer
-        )
-        k = tops[block.prefix]
-        layers[prefix] = LayerPlan(layer=block.layer, kept=kept, top_k=None if k == geometry.top_k else k)
-    plan = Plan(
-        source=Source(name=checkpoint.public_name, fingerprint=own),
-        layers=layers,
-        per_layer=True if per_layer else None,
-        provenance=_provenance(strategy, budget, top_k, named, supers, profile, domain_weights, seed, command),
-    )
-    validate(plan, geometry)
-    return plan
+    request = Request(
+        checkpoint, geometry, Source(name=checkpoint.public_name, fingerprint=own), criterion, budget.experts, tops,
+        per_layer, union(named, supers), domain_weights, seed, _counted(advance, checkpoint, geometry),
+    )  # fmt: skip
+    layers: dict[str, LayerPlan] = {}
+    if walk is not None:
+        layers, profile = walk(request)
+    else:
+        for block in geometry.trunk:
+            layers |= request.choose(block, request.judged(block, profile))
+    facts = _provenance(strategy, budget, top_k, named, supers, profile, domain_weights, seed, command)
+    return request.plan(layers, facts | ({"sequential": True} if sequential else {}))
 
 
 def _with_blind_note(budget: Budget, criterion: Criterion, geometry: Geometry) -> Budget:
     """The budget, its note saying so where a second set of experts is chosen without the profile."""
-    if not (geometry.family.twin and criterion.needs_profile and budget.experts < geometry.num_experts):
+    looks = criterion.needs_profile or criterion.needs_replay
+    if not (geometry.family.twin and looks and budget.experts < geometry.num_experts):
         return budget
     blind = f"those that text does not use are chosen by {UNPROFILED}: no profile knows them"
     return replace(budget, note=f"{budget.note}; {blind}" if budget.note else blind)
-
-
-def _sets(geometry: Geometry, criterion: Criterion) -> Iterator[tuple[MoeBlock, Criterion, str, int]]:
-    """Yield every set of experts of the trunk: its block, criterion, key, and number for draws."""
-    unprofiled = get_criterion(UNPROFILED) if criterion.needs_profile else criterion
-    for block in geometry.trunk:
-        yield block, criterion, block.prefix, block.layer
-        if block.twin is not None:
-            yield block, unprofiled, block.twin.prefix, geometry.num_layers + block.layer
 
 
 def parse_domain_weights(text: str) -> dict[str, float]:
@@ -167,28 +242,22 @@ def _check_options(
         raise UsageError(f"domain weights have no effect on strategy {criterion.name}, which looks at no data")
 
 
+def _check_walk(criterion: Criterion, walks: bool, profile: Profile | None, needs_all: bool) -> None:
+    if criterion.needs_replay and not walks:
+        raise UsageError(f"strategy {criterion.name} runs the model", "expertcut plan MODEL --calibration TEXT")
+    if not walks:
+        return
+    if not (criterion.needs_profile or criterion.needs_replay):
+        raise UsageError(f"strategy {criterion.name} looks at no data, so that --sequential has no effect on it")
+    if profile is not None or needs_all:
+        raise UsageError(
+            "a profile has no part in a choice that is made while the model runs: leave out --profile, --protect-super "
+            "and --mean-top-k"
+        )
+
+
 def _super_experts(profile: Profile, geometry: Geometry) -> Protected:
     return super_experts({block.prefix: profile.layer(block.prefix).act_max for block in geometry.trunk})
-
-
-def _judged(
-    criterion: Criterion,
-    prefix: str,
-    draw: int,
-    checkpoint: Checkpoint,
-    geometry: Geometry,
-    profile: Profile | None,
-    domain_weights: Mapping[str, float] | None,
-    seed: int,
-    tell: Tell,
-) -> Scores:
-    """What a criterion finds of one set of experts: (E,) scores or (E, E) losses."""
-    if criterion.needs_profile:
-        assert profile is not None
-        return criterion.score(profile.layer(prefix, domain_weights))
-    if criterion.needs_weights:
-        return criterion.score(WeightStats(checkpoint, geometry, prefix, tell))
-    return criterion.score(PatternStats(geometry.num_experts, draw, seed))
 
 
 def _counted(advance: Advance, checkpoint: Checkpoint, geometry: Geometry) -> Tell:

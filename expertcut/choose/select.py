@@ -10,29 +10,35 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
+from expertcut.choose.criteria import Found
 from expertcut.choose.subset import least_loss
+from expertcut.choose.trials import least_tried
 from expertcut.errors import PlanError
 
 
 def select_experts(
-    found: NDArray[np.float64], experts: int, *, n_group: int = 1, protected: Iterable[int] = (), layer: int
+    found: Found, experts: int, *, n_group: int = 1, protected: Iterable[int] = (), layer: int
 ) -> tuple[int, ...]:
     """Return the ids of the `experts` to keep, equally many of each group, the protected ones among them; ascending.
 
     `found` is (E,) scores: the highest are kept, of equal ones the lower id. Or (E, E), the losses of dropping two
-    experts together: the set goes whose pairs, the diagonal included, lose least. `experts` is a multiple of
-    `n_group`, and so is E.
+    experts together: the set goes whose pairs, the diagonal included, lose least. Or what tells the losses of whole
+    sets. `experts` is a multiple of `n_group`, and so is E.
 
     Raises:
         PlanError: a number is not finite, or a group protects more experts than it may keep.
     """
     size = len(found)
     assert experts % n_group == 0 and size % n_group == 0
-    _check_finite(found, layer)
+    if isinstance(found, np.ndarray):
+        _check_finite(found, layer)
     must_E = np.zeros(size, np.bool_)
     must_E[list(protected)] = True
     quota = experts // n_group
     _check_quota(must_E.reshape(n_group, -1).sum(axis=1), quota, n_group, layer)
+    if not isinstance(found, np.ndarray):
+        goes_E = least_tried(found, size // n_group - quota, ~must_E, n_group)
+        return tuple(np.flatnonzero(~goes_E).tolist())
     if found.ndim == 2:
         goes_E = least_loss(found, size // n_group - quota, ~must_E, n_group)
         return tuple(np.flatnonzero(~goes_E).tolist())

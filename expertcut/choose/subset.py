@@ -8,6 +8,7 @@ and no exchange of two experts of a group would make it better.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import combinations, product
 from math import comb
 
@@ -39,6 +40,19 @@ def least_loss(loss_EE: Floats, drop: int, may_go_E: Mask, n_group: int = 1) -> 
     return loss.best(np.stack([loss.improved(gone_E) for gone_E in starts]))[::-1]
 
 
+def count_sets(groups: Sequence[NDArray[np.intp]], drop: int) -> float:
+    """Return the number of sets of `drop` experts of every group."""
+    return float(np.prod([float(comb(ids.size, drop)) for ids in groups]))
+
+
+def every_set(groups: Sequence[NDArray[np.intp]], drop: int, size: int) -> Mask:
+    """Return every set of `drop` experts of every group, of `size` experts in all: (S, E), one a row."""
+    gone_SE = np.zeros((int(count_sets(groups, drop)), size), np.bool_)
+    for row, chosen in zip(gone_SE, product(*(combinations(ids.tolist(), drop) for ids in groups)), strict=True):
+        row[[expert for ids in chosen for expert in ids]] = True
+    return gone_SE
+
+
 class _Loss:
     """One problem; ids run backwards here."""
 
@@ -46,7 +60,7 @@ class _Loss:
         self.loss_EE, self.drop, self.may_go_E = loss_EE, drop, may_go_E
         self.group_E = np.arange(may_go_E.size) // (may_go_E.size // n_group)
         self.groups = [np.flatnonzero(may_go_E & (self.group_E == group)) for group in range(n_group)]
-        self.sets = np.prod([float(comb(ids.size, drop)) for ids in self.groups])
+        self.sets = count_sets(self.groups, drop)
 
     def best(self, gone_SE: Mask) -> Mask:
         """The first set of the least loss."""
@@ -55,11 +69,7 @@ class _Loss:
         return best
 
     def every_set(self) -> Mask:
-        choices = product(*(combinations(ids.tolist(), self.drop) for ids in self.groups))
-        gone_SE = np.zeros((int(self.sets), self.may_go_E.size), np.bool_)
-        for row, chosen in zip(gone_SE, choices, strict=True):
-            row[[expert for ids in chosen for expert in ids]] = True
-        return gone_SE
+        return every_set(self.groups, self.drop, self.may_go_E.size)
 
     def dropped_one_by_one(self) -> Mask:
         gone_E, diagonal_E = np.zeros(self.may_go_E.size, np.bool_), self.loss_EE.diagonal()

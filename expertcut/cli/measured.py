@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from expertcut.cli.common import Output
 from expertcut.cli.options import UNMEASURED, Choice, Forward, Measured
 from expertcut.cli.planning import AUTO
+from expertcut.cli.walking import NAEE, check_walk, walks
 from expertcut.errors import UsageError
 
 if TYPE_CHECKING:
@@ -62,9 +63,12 @@ def check_measured(choice: Choice, measured: Measured) -> list[Limit]:
         raise UsageError(f"--max-loss has an effect with --top-k {AUTO} only")
     if measured.gain and not measured.calibration:
         raise UsageError("--gain needs --calibration", "for example --calibration general, with --data for other text")
-    if measured.calibration and not measured.gain:
-        raise UsageError("--calibration has an effect with --gain only")
-    if choice.top_k != AUTO and not measured.gain and not searches and measured != UNMEASURED:
+    check_walk(choice, measured)
+    runs = walks(choice, measured)
+    if measured.calibration and not measured.gain and not runs:
+        raise UsageError(f"--calibration has an effect with --gain, --sequential and --strategy {NAEE} only")
+    unused = measured.data if runs else measured != UNMEASURED
+    if choice.top_k != AUTO and not measured.gain and not searches and unused:
         raise UsageError(f"--data, --tokens and --seq-len have an effect with --gain, --evolve and {AUTO} only")
     return [parse_limit(text) for text in measured.max_loss or ()]
 

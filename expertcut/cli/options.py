@@ -119,7 +119,7 @@ class Choice:
             help="auto, the best of all on --data. With a profile: "
             "frequency, soft, gate-mean, ean-sum, ean-mean, reap, gated-norm-sum, man, msan, "
             "energy, easy-ep, mone, hope, gram, unified:A,B[,sum]. "
-            "Without: random, odd, even, first, last, router-norm, aimer.",
+            "Without: random, odd, even, first, last, router-norm, aimer. With --calibration: naee.",
         ),
     ] = None
     profile: Annotated[
@@ -253,6 +253,14 @@ class Measured:
             help="Let the chosen experts evolve over so many generations, judged on --data.",
         ),
     ] = 0
+    sequential: Annotated[
+        bool,
+        typer.Option(
+            "--sequential",
+            rich_help_panel=MEASURED,
+            help="Run --calibration while choosing, every layer behind the pruned ones before it; no --profile.",
+        ),
+    ] = False
     gain: Annotated[
         bool,
         typer.Option(
@@ -268,7 +276,7 @@ class Measured:
             metavar="TEXT",
             rich_help_panel=MEASURED,
             show_default=False,
-            help="Text that --gain is fitted on: a recipe or a file. Repeatable.",
+            help="Text for --sequential, --strategy naee and --gain: a recipe or a file. Repeatable.",
         ),
     ] = None
     data: Annotated[

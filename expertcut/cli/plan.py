@@ -41,6 +41,7 @@ def plan(
 
     Example:
       expertcut plan MODEL --profile DIR --strategy reap --experts 64 -o half.json
+      expertcut plan MODEL --strategy reap --sequential --calibration general --experts 64 -o half.json
       expertcut plan MODEL --top-k auto --max-loss 'nll<=1%' --data heldout.jsonl -o faster.json
     """
     from expertcut.checkpoint import open_checkpoint
@@ -57,7 +58,7 @@ def plan(
     limits = check_measured(choice, measured)
     checkpoint = open_checkpoint(model, revision)
     geometry = read_geometry(checkpoint)
-    candidates = build_candidates(out, checkpoint, geometry, choice)
+    candidates = build_candidates(out, checkpoint, geometry, choice, measured, forward)
     refined = refine(out, checkpoint, geometry, candidates, choice, measured, limits, forward)
     made = refined.plan
     result = outcome(checkpoint, geometry, made)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from expertcut.checkpoint import Checkpoint
+    from expertcut.choose.make import Walk
     from expertcut.choose.plan import Plan
     from expertcut.choose.topk import TopK
     from expertcut.cli.common import Output
@@ -25,8 +27,14 @@ AUTO = "auto"
 """The top-k that is searched for."""
 
 
-def build_plan(checkpoint: Checkpoint, geometry: Geometry, choice: Choice, out: Output) -> Plan:
-    """Make the plan that the options ask for; `out` shows progress and knows the command, for the provenance."""
+def build_plan(
+    checkpoint: Checkpoint, geometry: Geometry, choice: Choice, out: Output, walk: Walk | None = None,
+    sequential: bool = False,
+) -> Plan:  # fmt: skip
+    """Make the plan that the options ask for; `out` shows progress and knows the command, for the provenance.
+
+    `walk` chooses while the model runs and shows its own progress.
+    """
     from expertcut.calibrate.profile import Profile
     from expertcut.choose import format_size, make_plan, parse_domain_weights, parse_keep, parse_size
     from expertcut.runtimes.lint import fast_expert_counts
@@ -36,7 +44,8 @@ def build_plan(checkpoint: Checkpoint, geometry: Geometry, choice: Choice, out: 
     top_k = _top_k(replace(choice, top_k=str(geometry.top_k)) if choice.top_k == AUTO else choice)
     served = top_k if isinstance(top_k, int) else geometry.top_k
     subject = _subject(geometry, checkpoint.config, geometry.num_experts, served)
-    with out.progress("choosing experts", lambda speed: f"{format_size(int(speed))}/s") as advance:
+    progress = out.progress("choosing experts", lambda speed: f"{format_size(int(speed))}/s")
+    with progress if walk is None else nullcontext(lambda done, total: None) as advance:
         plan = make_plan(
             checkpoint, geometry, strategy=choice.strategy, experts=choice.experts, drop=choice.drop, tp=choice.tp,
             keep=parse_keep(choice.keep) if choice.keep is not None else None,
@@ -45,7 +54,7 @@ def build_plan(checkpoint: Checkpoint, geometry: Geometry, choice: Choice, out: 
             profile=Profile.load(choice.profile) if choice.profile is not None else None,
             domain_weights=parse_domain_weights(choice.domain_weights) if choice.domain_weights is not None else None,
             protect=choice.protect or (), protect_super=choice.protect_super, seed=choice.seed,
-            command=out.command, advance=advance,
+            command=out.command, advance=advance, walk=walk, sequential=sequential,
         )  # fmt: skip
     return plan.model_copy(update={"mtp": "drop"}) if choice.drop_mtp else plan
 

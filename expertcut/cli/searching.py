@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from expertcut.cli.common import Output
 from expertcut.cli.options import Choice, Forward, Measured
 from expertcut.cli.planning import AUTO, build_plan
+from expertcut.cli.walking import walk_with, walks
 from expertcut.errors import ProfileError, UsageError
 
 if TYPE_CHECKING:
@@ -39,10 +40,16 @@ class Found:
     parts: list[RenderableType]
 
 
-def build_candidates(out: Output, checkpoint: Checkpoint, geometry: Geometry, choice: Choice) -> dict[str, Plan]:
-    """Make the plan that the options ask for; for the strategy `auto` one by each criterion that looks at the model."""
+def build_candidates(
+    out: Output, checkpoint: Checkpoint, geometry: Geometry, choice: Choice, measured: Measured, forward: Forward
+) -> dict[str, Plan]:  # fmt: skip
+    """Make the plan that the options ask for; for the strategy `auto` one by each criterion that reads a profile or
+    the weights.
+    """
     if choice.strategy != AUTO:
-        return {choice.strategy or "the plan": build_plan(checkpoint, geometry, choice, out)}
+        walk = walk_with(out, checkpoint, geometry, choice, measured, forward) if walks(choice, measured) else None
+        plan = build_plan(checkpoint, geometry, choice, out, walk, measured.sequential)
+        return {choice.strategy or "the plan": plan}
     from dataclasses import replace
 
     from expertcut.choose.criteria import judging

@@ -115,7 +115,7 @@ def _through(stream: LayerStream, passage: Passage, track: int, index: int, base
     inner, fit, trial = base.get_submodule(experts), _Fit(), passage.branch(track)
     with fit.watching(inner):
         passage.step(index, _Both(base, layer), trial, fit)
-    passage.drop(trial)
+    passage.drop()
     hook = inner.register_forward_hook(lambda module, args, out: out * fit.gain)
     passage.step(index, layer, track)
     hook.remove()

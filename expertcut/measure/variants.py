@@ -24,7 +24,7 @@ from expertcut.rewrite.gain import folded
 from expertcut.rewrite.layout import config_edits
 
 
-class _Renumbered(nn.Module):
+class Renumbered(nn.Module):
     """The base's experts, called with numbers 0..E'-1 of a plan's kept experts."""
 
     def __init__(self, experts: nn.Module, kept: torch.Tensor) -> None:
@@ -32,6 +32,7 @@ class _Renumbered(nn.Module):
         self.__dict__["_experts"], self.kept = experts, kept
 
     def forward(self, hidden: torch.Tensor, index: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+        """Run the base's experts: (T, H), (T, K), (T, K) → (T, H)."""
         out: torch.Tensor = self.__dict__["_experts"](hidden, self.kept[index], gates)
         return out
 
@@ -66,15 +67,18 @@ class Variant:
 
     def layer(self, index: int, base: nn.Module) -> nn.Module:
         """Return the layer of this variant; valid as long as the base's layer is."""
-        layer = copy.deepcopy(self._layers[index])
-        experts, idle = find_experts(base), idle_experts(base)
+        layer, experts = copy.deepcopy(self._layers[index]), find_experts(base)
         if experts is not None:
-            device, geometry = next(base.parameters()).device, self._stream.geometry
-            tail = range(geometry.num_experts, geometry.num_experts + geometry.tail)
-            kept = torch.tensor((*self.kept[index], *tail), device=device)
             parent, _, leaf = experts.rpartition(".")
             own = self._with_gain(index, experts, base.get_submodule(experts))
-            setattr(layer.get_submodule(parent), leaf, _Renumbered(own, kept))
+            setattr(layer.get_submodule(parent), leaf, Renumbered(own, self.numbers(index, base)))
+        self.fill(index, layer, base)
+        return layer
+
+    def fill(self, index: int, layer: nn.Module, base: nn.Module) -> None:
+        """Give a layer of this variant all tensors but the experts', narrowed to what is `kept` there now."""
+        experts, idle = find_experts(base), idle_experts(base)
+        kept = None if experts is None else self.numbers(index, base)
         for name, tensor in (*base.named_parameters(), *base.named_buffers()):
             path, _, leaf = name.rpartition(".")
             if experts is not None and name.startswith((experts + ".", *idle)):
@@ -85,11 +89,16 @@ class Variant:
             assert mine is not None
             if experts is not None and self._is_table(leaf):
                 tensor = self._remapped(index, tensor)
-            elif mine.shape != tensor.shape:
+            elif kept is not None and mine.shape != tensor.shape:
                 axis = next(a for a in range(tensor.dim()) if mine.shape[a] != tensor.shape[a])
                 tensor = nn.Parameter(tensor.index_select(axis, kept[: mine.shape[axis]]), requires_grad=False)
             store[leaf] = tensor  # type: ignore[assignment]
-        return layer
+
+    def numbers(self, index: int, base: nn.Module) -> torch.Tensor:
+        """Return the base's numbers of this variant's experts, and of what comes behind them: (E' + tail,) int64."""
+        geometry = self._stream.geometry
+        tail = range(geometry.num_experts, geometry.num_experts + geometry.tail)
+        return torch.tensor((*self.kept[index], *tail), device=next(base.parameters()).device)
 
     def _with_gain(self, index: int, name: str, experts: nn.Module) -> nn.Module:
         """The base's experts, with what the plan folds a gain into read again, as it would be written."""

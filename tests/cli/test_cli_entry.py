@@ -18,7 +18,7 @@ import pytest
 import expertcut
 from expertcut import errors
 from expertcut.choose import CRITERIA
-from expertcut.choose.criteria import FAMILY, without_profile
+from expertcut.choose.criteria import FAMILY, NAEE, without_profile
 from expertcut.cli.app import COMMANDS
 from expertcut.cli.common import Output, exit_code
 
@@ -82,8 +82,9 @@ def test_version(cli: Cli) -> None:
 def test_the_help_lists_every_strategy_where_it_belongs(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "400")
     text = re.sub(r"\s+", " ", cli("plan", "--help").out)
-    listed = re.search(r"With a profile: (.*?)\. Without: (.*?)\.", text)
+    listed = re.search(r"With a profile: (.*?)\. Without: (.*?)\. With --calibration: (.*?)\.", text)
     assert listed is not None
+    assert listed[3] == NAEE.name
     assert sorted(listed[2].split(", ")) == sorted(without_profile())
     assert sorted(listed[1].split(", ")) == sorted({*CRITERIA, FAMILY} - set(without_profile()))
 

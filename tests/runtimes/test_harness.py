@@ -100,7 +100,7 @@ def test_streamed_figures_are_the_same(demo_model: Path, folder: Path, reference
 
 
 def test_documents_are_kept_one_by_one(demo_model: Path, folder: Path, reference: dict[str, Any]) -> None:
-    """In order, with values whose mean is the figure; metrics that are no mean have none. A group has all its tasks'."""
+    """In order, with values whose mean is the figure; metrics that are no mean have none. Groups have all of theirs."""
     run = run_suite(streamed(demo_model), load_suite((GROUP, TEXT), [folder]), model="demo", engine="stream")
     by_name: dict[tuple[str, str], Metric] = {(m.task, m.metric): m for m in run.metrics}
     samples = reference["samples"][CHOICE]
