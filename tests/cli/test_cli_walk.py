@@ -36,8 +36,8 @@ def test_from_text_to_a_verified_checkpoint(options: list[str], cli: Cli, demo_m
 
 def test_a_gain_on_top(cli: Cli, demo_model: Path, tmp_path: Path) -> None:
     made = cli(
-        "plan", demo_model, "--strategy", "reap", "--sequential", "--gain", "--calibration", "builtin", "--tokens", 3000,
-        "--seq-len", 64, "--keep", "50%", "--top-k", 1, "-o", tmp_path / "plan.json", "--json",
+        "plan", demo_model, "--strategy", "reap", "--sequential", "--gain", "--calibration", "builtin",
+        "--tokens", 3000, "--seq-len", 64, "--keep", "50%", "--top-k", 1, "-o", tmp_path / "plan.json", "--json",
     ).document  # fmt: skip
     assert made["experts"]["after"] == 16 and "kept" in made["gain"]
 
