@@ -28,7 +28,7 @@ def test_from_text_to_a_verified_checkpoint(options: list[str], cli: Cli, demo_m
     assert seen.code == 4 and "is in the calibration text of" in seen.err
     data = ["--data", "builtin-heldout", "--tokens", 1500, "--seq-len", 128]
     assert cli("eval", demo_model, "--plan", plan, *data).code == 0
-    gated = cli("prune", demo_model, out, "--plan", plan, "--gate", "nll<=-50%", *data)
+    gated = cli("prune", demo_model, out, "--plan", plan, "--gate", "kl<=0", *data)
     assert gated.code == 5 and "the plan's experts were chosen while the model ran" in gated.err
     assert cli("prune", demo_model, out, "--plan", plan).code == 0
     assert cli("verify", out, "--source", demo_model, "--json").document["ok"]
@@ -36,8 +36,8 @@ def test_from_text_to_a_verified_checkpoint(options: list[str], cli: Cli, demo_m
 
 def test_a_gain_on_top(cli: Cli, demo_model: Path, tmp_path: Path) -> None:
     made = cli(
-        "plan", demo_model, "--strategy", "reap", "--sequential", "--gain", *TEXT, "--keep", "50%", "--top-k", 1, "-o",
-        tmp_path / "plan.json", "--json",
+        "plan", demo_model, "--strategy", "reap", "--sequential", "--gain", "--calibration", "builtin",
+        "--tokens", 3000, "--seq-len", 64, "--keep", "50%", "--top-k", 1, "-o", tmp_path / "plan.json", "--json",
     ).document  # fmt: skip
     assert made["experts"]["after"] == 16 and "kept" in made["gain"]
 
