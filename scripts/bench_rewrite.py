@@ -178,7 +178,7 @@ def main() -> None:
         ("times less memory than transformers", theirs["peak"] / ours["peak"], ">=", 10.0),
         ("speed of cp + sync, top-k only, while moving", all_of_it["seconds"] / lower["moving"], ">=", 0.9),
         ("times faster than that, linked, while moving", all_of_it["seconds"] / linked["moving"], ">=", 10.0),
-        ("seconds, linked, whole process", linked["seconds"], "<=", 1.0),
+        ("times faster than that, linked, whole process", all_of_it["seconds"] / linked["seconds"], ">=", 1.0),
         ("peak MB", ours["peak"] / MB, "<=", 150.0),
         ("peak MB more for four times the experts", growth, "<=", 5.0),
     ]
