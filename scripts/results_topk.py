@@ -23,9 +23,16 @@ SCHEDULES = (
 )
 """The paper's (6,8,8,61) and (5,8,5,10) of 8 experts in 61 layers and (6,4,2,26) of 6 in 27, as shares of the top-k."""
 
+DROPPED, CRITERION = (0.25, 0.5), "gated-norm-sum"
+"""Plans that drop experts, for gains on them."""
+
 
 def plan(subject: Subject, top_k: TopK, profile: Profile | None = None) -> Plan:
     return make_plan(subject.checkpoint, subject.geometry, top_k=top_k, profile=profile, per_layer=True)
+
+
+def pruned(subject: Subject, share: float, profile: Profile) -> Plan:
+    return make_plan(subject.checkpoint, subject.geometry, strategy=CRITERION, keep=1 - share, profile=profile)
 
 
 def gained(subject: Subject, plans: dict[str, Plan], data: CalibrationSet) -> dict[str, Plan]:
@@ -54,7 +61,8 @@ def measure(subject: Subject, scratch: Path, tokens: int, heldout_tokens: int) -
     for seed in SEEDS:
         data = subject.text(subject.calibration, tokens, seed)
         profile = subject.profile(data, scratch / f"{subject.folder.name}-{seed}")
-        plans = {f"k={k}": plan(subject, k) for k in range(most - 1, 0, -1)}
+        cut = {f"{share:.0%} dropped": pruned(subject, share, profile) for share in DROPPED}
+        plans = {f"k={k}": plan(subject, k) for k in range(most - 1, 0, -1)} | cut
         plans |= {f"k={k} per layer": plan(subject, MeanTopK(k), profile) for k in range(most - 1, 0, -1)}
         plans |= gained(subject, plans, data)
         followed = schedules(subject)
@@ -85,6 +93,13 @@ def report(subject: Subject, found: WhatIf, plans: dict[str, Plan]) -> None:
          shown(found.change(f"budget of {name}")), shown(found.difference(f"budget of {name}", name))]
         for name, own in plans.items() if name.startswith("schedule ")
     ]  # fmt: skip
+    out("", table(columns, rows))
+    columns = ["experts", "plain", "one gain", "gain per layer", "one gain − plain", "gain per layer − plain"]
+    rows = []
+    for name in (f"{share:.0%} dropped" for share in DROPPED):
+        ways = [f"{name} one gain", f"{name} gain per layer"]
+        rows.append([name, shown(found.change(name)), *(f"{found.change(way).value:+.4f}" for way in ways),
+                     *(shown(found.difference(way, name)) for way in ways)])  # fmt: skip
     out("", table(columns, rows))
 
 

@@ -48,7 +48,7 @@ def evaluate(
     By text: loss, divergence and agreement, per domain. By tasks of lm-eval: accuracy and the like, per task. Both with
     intervals, on the same text and documents for every model, in one pass for any number of plans.
 
-    Examples:
+    Example:
       expertcut eval MODEL --plan half.json --data heldout.jsonl
       expertcut eval MODEL --plan half.json --tasks expertcut_arithmetic
       expertcut eval OUT --source MODEL --tasks gsm8k --engine transformers --limit 200

@@ -14,7 +14,6 @@ import typer
 from expertcut.cli.common import Output
 from expertcut.cli.options import Forward
 from expertcut.errors import DataError, UsageError
-from expertcut.measure.intervals import LEAST, LEVEL
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -199,6 +198,7 @@ def _engine(
 
 def record(runs: Sequence[Run], limit: int | None) -> dict[str, Any]:
     """Everything, as members of a JSON document."""
+    from expertcut.measure.intervals import LEVEL
     from expertcut.measure.scores import compare
 
     comparisons = [
@@ -268,6 +268,8 @@ def _change(gap: Gap) -> str:
 
 def _said(gap: Gap) -> str:
     """Whether a model is worse than the base in a metric, and by how much."""
+    from expertcut.measure.intervals import LEAST, LEVEL
+
     scale, digits, unit = _unit(gap)
     value = _plain(gap) if gap.change is None else gap.change.value
     words = {True: ("better", "worse"), False: ("worse", "better"), None: ("higher", "lower")}
