@@ -99,7 +99,7 @@ def _only(value: Any, at: torch.Tensor, tokens: int) -> Any:
 class _Outputs:
     """In the place of an observer: keeps every expert's output."""
 
-    moments, stream = False, None
+    moments, residual = False, None
 
     def __init__(self) -> None:
         self.found_TEH = torch.empty(0)
