@@ -69,7 +69,7 @@ def test_a_second_run_installs_nothing_and_a_changed_pin_installs_again(tree: Pa
     stub(tree / ".venv/bin/python", f'[[ "$*" != *install* ]] || echo "$*" >> "{log}"')
     assert bash(tree, "ensure_venv", path).returncode == 0
     first = log.read_text().splitlines()
-    assert [line.split("constraints.txt ")[-1] for line in first] == ["torch", f"--editable {tree}[dev]"]
+    assert [line.split("constraints.txt ")[-1] for line in first] == ["torch", f"--editable {tree}[dev,eval]"]
     assert all(f"--constraint {tree}/scripts/constraints.txt" in line for line in first)
 
     assert bash(tree, "ensure_venv", path).returncode == 0
