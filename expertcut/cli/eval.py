@@ -9,7 +9,7 @@ import typer
 
 from expertcut.cli.common import Output, output
 from expertcut.cli.options import AS_IT_COMES, Forward, Json, Model, Revision, Seed, SeqLen, Tokens, flat
-from expertcut.cli.tasks import NO_TASKS, TaskOptions
+from expertcut.cli.tasks import NO_TASKS, TaskOptions, prepare, solve
 from expertcut.errors import UsageError
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def evaluate(
     """
     from expertcut.checkpoint import open_checkpoint
     from expertcut.choose.plan import Plan
-    from expertcut.cli import tasks as solving
+    from expertcut.cli import scored
     from expertcut.model import check_fingerprint, read_geometry
 
     out = output(ctx, as_json)
@@ -68,7 +68,7 @@ def evaluate(
     geometry = read_geometry(checkpoint)
     for plan in chosen.values():
         check_fingerprint(plan.source.fingerprint, checkpoint, geometry)
-    suite = solving.prepare(tasks, chosen)
+    suite = prepare(tasks, chosen, forward, with_text=bool(data))
     document: dict[str, Any] = {"model": checkpoint.name}
     parts: list[RenderableType] = []
     if data:
@@ -76,9 +76,9 @@ def evaluate(
         document |= found[0]
         parts += found[1]
     if suite is not None:
-        runs = solving.solve(out, checkpoint, geometry, suite, tasks, chosen, forward)
-        document["tasks"] = solving.record(runs, tasks.limit)
-        parts += ["", *solving.shown(runs)] if parts else solving.shown(runs)
+        runs = solve(out, checkpoint, geometry, suite, tasks, chosen, forward)
+        document["tasks"] = scored.record(runs, tasks.limit)
+        parts += ["", *scored.shown(runs)] if parts else scored.shown(runs)
     out.finish(document, *parts)
 
 

@@ -1,35 +1,28 @@
-"""Tasks of lm-eval for `eval`: the options, which models answer in which engine, and what is said of the results."""
+"""Tasks of lm-eval for `eval`: the options, and which models answer in which engine."""
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from math import isnan, nan
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from expertcut.cli.common import Output
-from expertcut.cli.options import Forward
+from expertcut.cli.options import AS_IT_COMES, Forward
 from expertcut.errors import DataError, UsageError
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
-    from rich.table import Table
-
     from expertcut.checkpoint import Checkpoint
     from expertcut.choose.plan import Plan
-    from expertcut.measure.scores import Gap, Metric, Run
+    from expertcut.measure.scores import Run
     from expertcut.model import Geometry
     from expertcut.runtimes.harness import Suite
 
 TASKS = "Tasks"
 STREAM, TRANSFORMERS, VLLM = "stream", "transformers", "vllm"
-LEGEND = (
-    "value: lm-eval's; change: with its 95 % interval over documents, in points of a hundred; see docs/evaluation.md"
-)
 
 
 @dataclass(frozen=True)
@@ -73,6 +66,12 @@ class TaskOptions:
             "--limit", metavar="N", min=1, rich_help_panel=TASKS, help="The first N documents of each task only."
         ),
     ] = None  # fmt: skip
+    chat: Annotated[
+        bool,
+        typer.Option(
+            "--chat-template", rich_help_panel=TASKS, help="Put prompts into the model's chat template, as chats need."
+        ),
+    ] = False  # fmt: skip
     include: Annotated[
         list[Path] | None,
         typer.Option(
@@ -88,7 +87,7 @@ class TaskOptions:
 NO_TASKS = TaskOptions()
 
 
-def prepare(tasks: TaskOptions, plans: Mapping[str, Plan]) -> Suite | None:
+def prepare(tasks: TaskOptions, plans: Mapping[str, Plan], forward: Forward, *, with_text: bool) -> Suite | None:
     """Check the options and load the tasks; None if there are none.
 
     Raises:
@@ -110,6 +109,8 @@ def prepare(tasks: TaskOptions, plans: Mapping[str, Plan]) -> Suite | None:
         raise UsageError(
             f"{tasks.engine} serves MODEL, so that --source takes a file", "expertcut eval SOURCE … --json > FILE first"
         )
+    if not with_text:
+        _refuse_idle(tasks.engine, forward)
     from expertcut.runtimes.harness import load_suite
 
     suite = load_suite([name.strip() for name in tasks.tasks.split(",") if name.strip()], tasks.include or ())
@@ -163,7 +164,7 @@ def _runs(
             lm.name = name
         out.note(f"{name}: {', '.join(suite.asked)}")
         with out.quiet():
-            run = run_suite(lm, suite, model=name, engine=tasks.engine, limit=tasks.limit)
+            run = run_suite(lm, suite, model=name, engine=tasks.engine, limit=tasks.limit, chat=tasks.chat)
         yield run
     del lm
     gc.collect()  # the next model needs the memory
@@ -196,109 +197,12 @@ def _engine(
     return engines.StreamedLM(checkpoint, limit, ask)
 
 
-def record(runs: Sequence[Run], limit: int | None) -> dict[str, Any]:
-    """Everything, as members of a JSON document."""
-    from expertcut.measure.intervals import LEVEL
-    from expertcut.measure.scores import compare
-
-    comparisons = [
-        {"name": run.model, "base": runs[0].model, "task": gap.base.task, "metric": gap.base.metric,
-         "change": gap.change and asdict(gap.change), "verdict": _said(gap)}
-        for run in runs[1:] for gap in compare(runs[0], run)
-    ]  # fmt: skip
-    return {"limit": limit, "level": LEVEL, "runs": [run.model_dump() for run in runs], "comparisons": comparisons}
-
-
-def shown(runs: Sequence[Run]) -> list[RenderableType]:
-    """What is printed: the table, what it means, and one line for each comparison."""
-    lines = verdicts(runs)
-    return [table(runs), "", LEGEND, *(["", *lines] if lines else [])]
-
-
-def table(runs: Sequence[Run]) -> Table:
-    """One line per task, metric and model."""
-    from expertcut.cli import tables
-    from expertcut.measure.scores import compare
-
-    made = tables.table(("task", "metric", "model", ">documents", ">value", ">change"), ())
-    gaps = [compare(runs[0], run) for run in runs[1:]]
-    for i, metric in enumerate(runs[0].metrics):
-        lines = [(metric, ""), *((found[i].other, _change(found[i])) for found in gaps)]
-        for run, (own, change) in zip(runs, lines, strict=True):
-            count = len(run.documents[metric.task])
-            made.add_row(metric.task, metric.metric, run.model, f"{count:,}", _value(own), change,
-                         end_section=run is runs[-1])  # fmt: skip
-    return made
-
-
-def verdicts(runs: Sequence[Run]) -> list[str]:
-    """One line per model that is compared, and task or group that was asked for, and metric of it."""
-    from expertcut.measure.scores import compare
-
-    return [
-        f"{run.model}: {gap.base.task}, {gap.base.metric}: {_said(gap)}"
-        for run in runs[1:]
-        for gap in compare(runs[0], run)
-        if gap.base.task in run.asked
-    ]
-
-
-def _value(metric: Metric) -> str:
-    from expertcut.measure.scores import mean
-
-    if metric.value is None:
-        return "not finite"
-    if not metric.share:
-        return f"{metric.value:.4f}"
-    found = mean(metric.values or ())
-    between = "" if found.low is None else f" ({found.low:.1%} to {found.high:.1%})"
-    return f"{found.value:.1%}{between}"
-
-
-def _change(gap: Gap) -> str:
-    if gap.change is None:
-        return f"{_plain(gap):+.4f}"
-    scale, digits, _ = _unit(gap)
-    value, low, high = (
-        "" if end is None else f"{scale * end:+.{digits}f}"
-        for end in (gap.change.value, gap.change.low, gap.change.high)
-    )
-    return f"{value} ({low} to {high})" if low else value
-
-
-def _said(gap: Gap) -> str:
-    """Whether a model is worse than the base in a metric, and by how much."""
-    from expertcut.measure.intervals import LEAST, LEVEL
-
-    scale, digits, unit = _unit(gap)
-    value = _plain(gap) if gap.change is None else gap.change.value
-    words = {True: ("better", "worse"), False: ("worse", "better"), None: ("higher", "lower")}
-    if isnan(value):
-        return "not finite: try --dtype float32"
-    above, below = words[gap.base.higher_is_better]
-    amount = f"{above if value > 0 else below} by {abs(scale * value):.{digits}f}{unit}"
-    if gap.change is None:
-        return f"{amount}; no interval: the metric is no mean over documents"
-    low, high = gap.change.low, gap.change.high
-    if low is None or high is None:
-        return f"{amount}; no interval: {len(gap.base.values or ())} documents, {LEAST} or more are needed"
-    if low == high == 0:
-        return "no difference in any document"
-    if not gap.change.sign:
-        return f"no significant difference ({scale * low:+.{digits}f} to {scale * high:+.{digits}f}{unit}, {LEVEL:.0%})"
-    low, high = sorted((abs(low), abs(high)))
-    return f"{amount} ({scale * low:.{digits}f} to {scale * high:.{digits}f}, {LEVEL:.0%})"
-
-
-def _unit(gap: Gap) -> tuple[float, int, str]:
-    """Factor, decimals and name of the unit in which a difference is told."""
-    return (100, 1, " points") if gap.base.share and gap.other.share else (1, 4, "")
-
-
-def _plain(gap: Gap) -> float:
-    """The difference of the two figures; not a number if one is not finite."""
-    base, other = (nan if metric.value is None else metric.value for metric in (gap.base, gap.other))
-    return other - base
+def _refuse_idle(engine: str, forward: Forward) -> None:
+    """Refuse options of the forward pass that an engine does not look at."""
+    looks_at = {STREAM: vars(forward).keys(), TRANSFORMERS: {"device", "dtype"}, VLLM: {"dtype"}}.get(engine, set())
+    for name, value in vars(forward).items():
+        if name not in looks_at and value != getattr(AS_IT_COMES, name):
+            raise UsageError(f"--{name.replace('_', '-')} has no effect with --engine {engine}")
 
 
 def _is_url(engine: str) -> bool:

@@ -52,7 +52,7 @@ class Run(BaseModel):
     asked: tuple[str, ...]
     """The names that were asked for; groups have others below them."""
     documents: dict[str, tuple[str, ...]]
-    """Task or group → (D,) start of the hash of every document."""
+    """Task or group → (D,) start of a hash of every document and its prompt."""
     metrics: tuple[Metric, ...]
 
 
@@ -89,7 +89,7 @@ def compare(base: Run, other: Run) -> list[Gap]:
             raise DataError(
                 f"task {task}: {other.model} and {base.model} were not given the same documents: found {len(found)}, "
                 f"expected {len(expected)}{' others' if len(found) == len(expected) else ''}",
-                "run both with the same --tasks, --limit, --include-path and version of lm-eval",
+                "run both with the same --tasks, --limit, --chat-template and version of lm-eval",
             )
     return [_gap(*pair) for pair in _pairs(base.metrics, other.metrics)]
 

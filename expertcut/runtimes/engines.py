@@ -7,7 +7,7 @@ Imported only with lm-eval installed. A streamed model scores given text and wri
 
 from __future__ import annotations
 
-import importlib.util
+import importlib.metadata
 import json
 import os
 import urllib.request
@@ -80,16 +80,18 @@ def in_transformers(checkpoint: Checkpoint, device: str, dtype: str, limit: int 
 
 
 def in_vllm(checkpoint: Checkpoint, dtype: str) -> Any:
-    """Load a checkpoint in the vLLM that is installed here.
+    """Load a checkpoint in the vLLM that is installed here, as the distribution `vllm`, which lm-eval looks for.
 
     Raises:
         RuntimeLintError: none is.
     """
-    if importlib.util.find_spec("vllm") is None:
+    try:
+        importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:
         raise RuntimeLintError(
             "vLLM is not installed in this environment",
-            "install expertcut[eval] where vLLM is; or run vllm serve there, and here --engine http://localhost:8000/v1",
-        )
+            "install expertcut[eval] where it is; or run vllm serve there, and here --engine http://localhost:8000/v1",
+        ) from None
     from lm_eval.models.vllm_causallms import VLLM
 
     return VLLM(str(checkpoint.path), dtype=dtype)
@@ -103,10 +105,13 @@ def served(url: str, checkpoint: Checkpoint, limit: int | None) -> Any:
         UsageError: it serves several models, none of that name.
     """
     base = url.rstrip("/")
-    return LocalCompletionsAPI(
-        f"{base}/completions", tokenizer_backend="huggingface", tokenizer=str(checkpoint.path),
-        model=_served_name(base, checkpoint.name), num_concurrent=CONCURRENT, max_length=limit or 2048,
+    lm = LocalCompletionsAPI(
+        f"{base}/completions", tokenizer_backend=None, model=_served_name(base, checkpoint.name),
+        num_concurrent=CONCURRENT, max_length=limit or 2048,
     )  # fmt: skip
+    # It would load the tokenizer by the checkpoint's model type, which may be one of ours.
+    lm.tokenizer, lm.tokenizer_backend, lm.tokenized_requests = load_backend(checkpoint.path), "huggingface", True
+    return lm
 
 
 def _served_name(base: str, wanted: str) -> str:

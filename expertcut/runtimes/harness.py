@@ -12,6 +12,7 @@ import logging
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -73,18 +74,32 @@ def load_suite(names: Sequence[str], include: Sequence[Path] = ()) -> Suite:
     return Suite(tuple(names), loaded)
 
 
-def run_suite(lm: Any, suite: Suite, *, model: str, engine: str, limit: int | None = None) -> Run:
+def run_suite(
+    lm: Any, suite: Suite, *, model: str, engine: str, limit: int | None = None, chat: bool = False
+) -> Run:  # fmt: skip
     """Let a model (an `LM` of lm-eval) solve tasks, the first `limit` documents of each.
 
-    model, engine: what the run calls them.
+    model, engine: what the run calls them. chat: put prompts into the model's chat template, examples as turns.
+
+    Raises:
+        UsageError: the model has no chat template.
     """
     import lm_eval
 
+    if chat and not getattr(lm.tokenizer, "chat_template", None):
+        raise UsageError(f"{model}: the tokenizer has no chat template", "leave out --chat-template")
     _seed()
     for task in suite.loaded["tasks"].values():
         task.set_config("num_fewshot", task.get_config("num_fewshot") or 0)
         task.set_fewshot_seed(seed=_SEED)
-    results = lm_eval.evaluate(lm=lm, task_dict=suite.loaded, limit=limit, bootstrap_iters=0)
+    results = lm_eval.evaluate(
+        lm=lm,
+        task_dict=suite.loaded,
+        limit=limit,
+        bootstrap_iters=0,
+        apply_chat_template=chat,
+        fewshot_as_multiturn=chat,
+    )
     samples = {name: _Samples(results, name) for name in results["results"]}
     metrics = [metric for found in samples.values() for metric in found.metrics()]
     documents = {name: found.documents for name, found in samples.items()}
@@ -103,9 +118,9 @@ class _Samples:
 
     @property
     def documents(self) -> tuple[str, ...]:
-        """Start of the hash of every document; a document that several filters look at counts once."""
+        """What tells every document from others, prompt included; one that several filters look at counts once."""
         first = self.samples[0]["filter"]
-        return tuple(sample["doc_hash"][:_HASH] for sample in self.samples if sample["filter"] == first)
+        return tuple(_told_apart(sample) for sample in self.samples if sample["filter"] == first)
 
     def metrics(self) -> Iterator[Metric]:
         for key, value in self.results.items():
@@ -123,6 +138,10 @@ class _Samples:
             task=self.name, metric=metric if kind == "none" else f"{metric}, {kind}", values=values,
             higher_is_better=self.better.get(metric), value=value if np.isfinite(value) else None,
         )  # fmt: skip
+
+
+def _told_apart(sample: Mapping[str, Any]) -> str:
+    return sha256((sample["doc_hash"] + sample["prompt_hash"]).encode()).hexdigest()[:_HASH]
 
 
 def _leaves(children: Mapping[str, Sequence[str]], name: str) -> Iterator[str]:

@@ -85,24 +85,24 @@ def greedy(folder: Path, items: list[Item]) -> list[bool]:
 
 def test_right_is_what_greedy_decoding_writes(demo_model: Path, tmp_path: Path) -> None:
     """The built-in model and a plan for it, which differ, against transformers' generation with the written one."""
-    checkpoint, items = open_checkpoint(demo_model), ITEMS[:60]
+    checkpoint, items = open_checkpoint(demo_model), ITEMS[:40]
     geometry = read_geometry(checkpoint)
     plan = make_plan(checkpoint, geometry, strategy="router-norm", experts=24)
     found = answers(checkpoint, items, {"24": plan})
-    assert found.names == (BASE, "24") and found.correct.shape == (2, 60)
+    assert found.names == (BASE, "24") and found.correct.shape == (2, 40)
     prune(checkpoint, geometry, plan, tmp_path / "out")
     for row, folder in enumerate((demo_model, tmp_path / "out")):
         assert found.correct[row].tolist() == greedy(folder, items)
-    assert 0 < found.correct[1].sum() < found.correct[0].sum() < 60
+    assert 0 < found.correct[1].sum() < found.correct[0].sum() < 40
 
 
 def test_the_built_in_model_has_learnt_some_of_it(demo_model: Path) -> None:
     """Far above what always the same answer gives (0 is right for a thirteenth of the items), far below all."""
     checkpoint = open_checkpoint(demo_model)
     half = make_plan(checkpoint, read_geometry(checkpoint), strategy="random", experts=16)
-    found = answers(checkpoint, ITEMS, {"half": half})
+    found = answers(checkpoint, ITEMS[:1000], {"half": half})
     right = found.accuracy(BASE)
-    assert right.low is not None and right.high is not None and 0.3 < right.low < right.high < 0.5
+    assert right.low is not None and right.high is not None and 0.33 < right.low < right.high < 0.47
     assert max(Counter(item.answer for item in ITEMS).values()) < 0.1 * len(ITEMS)
     lost = found.difference("half")
     assert lost.high is not None and lost.high < -0.2

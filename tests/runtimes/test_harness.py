@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from expertcut.errors import DataError, RuntimeLintError, UsageError
 from expertcut.measure.arithmetic import arithmetic_accuracy, arithmetic_items
 from expertcut.measure.continuations import predict
 from expertcut.measure.quality import BASE
-from expertcut.measure.scores import Metric, Run
+from expertcut.measure.scores import Metric, Run, compare
 from expertcut.model import read_geometry
 from expertcut.model.summary import max_positions
 from expertcut.rewrite import prune
@@ -105,8 +106,8 @@ def test_documents_are_kept_one_by_one(demo_model: Path, folder: Path, reference
     by_name: dict[tuple[str, str], Metric] = {(m.task, m.metric): m for m in run.metrics}
     samples = reference["samples"][CHOICE]
     assert values(run, CHOICE, "acc") == tuple(sample["acc"] for sample in samples)
-    assert run.documents[CHOICE] == tuple(sample["doc_hash"][:16] for sample in samples)
-    assert len(set(run.documents[CHOICE])) == len(SUMS) and run.documents[GROUP] == 2 * run.documents[CHOICE]
+    assert len(set(run.documents[CHOICE])) == len(samples) == len(SUMS)
+    assert run.documents[GROUP] == 2 * run.documents[CHOICE]
     assert values(run, GROUP, "acc") == values(run, CHOICE, "acc") + values(run, GIVEN, "acc")
     for key in ((GIVEN, "perplexity"), (TEXT, "word_perplexity"), (TEXT, "bits_per_byte")):
         assert by_name[key].values is None and by_name[key].higher_is_better is False
@@ -182,6 +183,23 @@ def test_a_streamed_model_reads_its_weights_once_for_all(
     suite = load_suite(NAMES, [folder])
     runs = [run_suite(lm, suite, model="demo", engine="stream") for _ in range(2)]
     assert len(asked) == 2 and runs[0] == runs[1]
+
+
+def test_a_chat_template_is_put_around_prompts(demo_model: Path, folder: Path, tmp_path: Path) -> None:
+    """The same from both engines, other than without, and not to be compared with that; refused where there is none."""
+    chat = Path(shutil.copytree(demo_model, tmp_path / "chat"))
+    template = (
+        "{% for m in messages %}<{{m.role}}>{{m.content}}{% endfor %}{% if add_generation_prompt %}<me>{% endif %}"
+    )
+    (chat / "chat_template.jinja").write_text(template)
+    suite = load_suite((CHOICE,), [folder])
+    runs = [run_suite(make(chat), suite, model="chat", engine="any", chat=True) for make in (streamed, whole)]
+    assert figures(runs[0]) == pytest.approx(figures(runs[1])) and runs[0].documents == runs[1].documents
+    plain = run_suite(streamed(chat), suite, model="plain", engine="stream")
+    with pytest.raises(DataError, match="not given the same documents"):
+        compare(plain, runs[0])
+    with pytest.raises(UsageError, match="no chat template"):
+        run_suite(streamed(demo_model), suite, model="demo", engine="stream", chat=True)
 
 
 def test_without_lm_eval_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
