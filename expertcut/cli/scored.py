@@ -120,5 +120,3 @@ def _plain(gap: Gap) -> float:
     """The difference of the two figures; not a number if one is not finite."""
     base, other = (nan if metric.value is None else metric.value for metric in (gap.base, gap.other))
     return other - base
-
-

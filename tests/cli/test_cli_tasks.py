@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-from command_line import Cli
 
-from expertcut.cli.scored import record, table, verdicts
 from expertcut.cli.common import console
+from expertcut.cli.scored import record, table, verdicts
 from expertcut.measure.scores import Metric, Run
+
+if TYPE_CHECKING:
+    from command_line import Cli
+
+pytest_plugins = ("command_line",)
 
 ARITHMETIC = ("--tasks", "expertcut_arithmetic", "--limit", 60)
 
@@ -72,7 +78,6 @@ def test_the_record_holds_runs_and_comparisons() -> None:
 
 
 def test_the_table_has_a_line_for_every_model(capsys: pytest.CaptureFixture[str]) -> None:
-    import sys
 
     console(sys.stdout).print(table([made("base", HALF), made("other", LESS)]))
     lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip()]
@@ -118,15 +123,21 @@ def test_a_written_checkpoint_beside_its_source(
     "args, message",
     [
         ((), "neither --data nor --tasks"),
-        (("--limit", 3), "no --tasks"),
-        (("--engine", "vllm"), "no --tasks"),
+        (("--data", "builtin-heldout", "--limit", 3), "no --tasks"),
+        (("--data", "builtin-heldout", "--engine", "vllm"), "no --tasks"),
         (("--tokens", 100, *ARITHMETIC), "--data only"),
         ((*ARITHMETIC, "--engine", "sglang"), "engine 'sglang' is unknown"),
         ((*ARITHMETIC, "--limit", 0), "--limit"),
         ((*ARITHMETIC, "--engine", "http://localhost:1", "--source", "OTHER"), "takes a file"),
         (("--tasks", "expertcut_arithmetic_generate"), "wants text written"),
-        ((*ARITHMETIC, "--engine", "transformers", "--micro-tokens", 9), "--micro-tokens has no effect with --engine trans"),
-        ((*ARITHMETIC, "--engine", "http://localhost:1", "--dtype", "float32"), "--dtype has no effect with --engine http"),
+        (
+            (*ARITHMETIC, "--engine", "transformers", "--micro-tokens", 9),
+            "--micro-tokens has no effect with --engine trans",
+        ),
+        (
+            (*ARITHMETIC, "--engine", "http://localhost:1", "--dtype", "float32"),
+            "--dtype has no effect with --engine http",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_a_usage_error(

@@ -73,8 +73,8 @@ def test_vllm_by_lm_evals_own_backend(uneven: Path, reference: Path, repo: Path,
 @contextmanager
 def vllm_server(folder: Path, repo: Path, home: Path) -> Iterator[str]:
     python, port = interpreter("vllm", repo), "18437"
-    command: list[str | Path] = [python, "-m", "vllm.entrypoints.cli.main", "serve", folder, "--port", port, "--dtype", "float32",
-                                 "--enforce-eager", "--max-model-len", "512"]  # fmt: skip
+    command: list[str | Path] = [python, "-m", "vllm.entrypoints.cli.main", "serve", folder, "--port", port,
+                                 "--dtype", "float32", "--enforce-eager", "--max-model-len", "512"]  # fmt: skip
     own = {"HOME": str(home), "XDG_CACHE_HOME": str(home), "VLLM_LOGGING_LEVEL": "INFO"}
     env = os.environ | surroundings(repo, home) | own
     server = subprocess.Popen(command, env=env, cwd=home, stderr=subprocess.STDOUT, stdout=subprocess.PIPE, text=True)
