@@ -26,8 +26,9 @@ def with_experts(
         UsageError: the count is out of range or the groups cannot share it.
     """
     counts = {len(entry.kept) for entry in plan.layers.values()}
-    own = _chosen(checkpoint, geometry, plan, min(counts), profile)
-    if len(counts) > 1 or _kept(own) != _kept(plan):
+    if len(counts) > 1:
+        raise PlanError("the plan's layers keep different numbers of experts")
+    if _kept(_chosen(checkpoint, geometry, plan, min(counts), profile)) != _kept(plan):
         raise PlanError("the plan keeps other experts than its provenance tells: was it edited?")
     chosen = _kept(_chosen(checkpoint, geometry, plan, experts, profile))
     layers = {p: entry.model_copy(update={"kept": chosen[p]}) for p, entry in plan.layers.items()}

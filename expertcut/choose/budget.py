@@ -35,6 +35,45 @@ class Budget:
     """What was chosen and why, for printing, where the option does not say the number itself."""
 
 
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What every layer keeps at least and at most; both are whole multiples of the router's groups."""
+
+    floor: int
+    ceiling: int
+
+    @classmethod
+    def resolve(cls, geometry: Geometry, experts: int, top_k: int, floor: int | None, ceiling: int | None) -> Bounds:
+        """Check bounds around `experts` on average; without them, half of it and all there are.
+
+        Raises:
+            UsageError: the groups cannot share one, or the average or the top-k lies outside.
+        """
+        step, least = geometry.n_group, max(min_experts(geometry), experts_for(geometry, top_k))
+        if floor is None:
+            floor = max(least, experts // 2 // step * step)
+        if ceiling is None:
+            ceiling = geometry.num_experts
+        for option, count in (("--floor", floor), ("--ceiling", ceiling)):
+            if count % step:
+                raise UsageError(f"{option} {count}: the router's {step} groups cannot share it equally")
+        if not least <= floor <= experts <= ceiling <= geometry.num_experts:
+            raise UsageError(
+                f"--floor {floor} --ceiling {ceiling}: expected a floor of {least} or more, at most the {experts} on "
+                f"average, and a ceiling from there to {geometry.num_experts}"
+            )
+        return cls(floor, ceiling)
+
+    def counts(self, experts: int, step: int) -> tuple[int, ...]:
+        """Return the counts at which a layer's loss is measured: the bounds, `experts`, and halfway to either."""
+
+        def halfway(one: int, other: int) -> int:
+            return (one + other) // 2 // step * step
+
+        points = {self.floor, halfway(self.floor, experts), experts, halfway(experts, self.ceiling), self.ceiling}
+        return tuple(sorted(points))
+
+
 def resolve_budget(
     checkpoint: Checkpoint,
     geometry: Geometry,

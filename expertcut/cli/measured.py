@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from expertcut.cli.common import Output
 from expertcut.cli.options import UNMEASURED, Choice, Forward, Measured
 from expertcut.cli.planning import AUTO
+from expertcut.cli.searching import GLOBAL, check_spread, searches, spread_bounds
 from expertcut.cli.walking import NAEE, check_walk, walks
 from expertcut.errors import UsageError
 
@@ -47,14 +48,14 @@ def check_measured(choice: Choice, measured: Measured) -> list[Limit]:
     """
     from expertcut.choose.limits import parse_limit
 
-    searches = choice.strategy == AUTO or measured.evolve > 0
-    if searches and not measured.data:
-        option = f"--strategy {AUTO}" if choice.strategy == AUTO else "--evolve"
-        raise UsageError(f"{option} needs --data", "--data FILE: text that was not used for calibration")
-    if measured.by != UNMEASURED.by and not searches:
-        raise UsageError(f"--by has an effect with --strategy {AUTO} or --evolve only")
-    if measured.evolve and choice.strategy is None:
-        raise UsageError("--evolve needs --strategy", f"for example --strategy {AUTO}")
+    options = searches(choice, measured)
+    if options and not measured.data:
+        raise UsageError(f"{options[0]} needs --data", "--data FILE: text that was not used for calibration")
+    if measured.by != UNMEASURED.by and not options:
+        raise UsageError(f"--by has an effect with --strategy {AUTO}, --evolve and --budget {GLOBAL} only")
+    if options and choice.strategy is None:
+        raise UsageError(f"{options[0]} needs --strategy", f"for example --strategy {AUTO}")
+    check_spread(choice, measured)
     if choice.top_k == AUTO and not (measured.max_loss and measured.data):
         raise UsageError(
             f"--top-k {AUTO} needs --max-loss and --data", "for example --max-loss 'nll<=1%' --data heldout.jsonl"
@@ -68,8 +69,10 @@ def check_measured(choice: Choice, measured: Measured) -> list[Limit]:
     if measured.calibration and not measured.gain and not runs:
         raise UsageError(f"--calibration has an effect with --gain, --sequential and --strategy {NAEE} only")
     unused = measured.data if runs else measured != UNMEASURED
-    if choice.top_k != AUTO and not measured.gain and not searches and unused:
-        raise UsageError(f"--data, --tokens and --seq-len have an effect with --gain, --evolve and {AUTO} only")
+    if choice.top_k != AUTO and not measured.gain and not options and unused:
+        raise UsageError(
+            f"--data, --tokens and --seq-len have an effect with --gain, --evolve, --budget {GLOBAL} and {AUTO} only"
+        )
     return [parse_limit(text) for text in measured.max_loss or ()]
 
 
@@ -79,13 +82,13 @@ def refine(
 ) -> Refined:  # fmt: skip
     """Choose among candidates, search the top-k and fit the gains that the options ask for; else the plan as it is."""
     plan = next(iter(candidates.values()))
-    searches = choice.strategy == AUTO or measured.evolve > 0
-    if not (searches or limits or measured.gain):
+    if not (searches(choice, measured) or limits or measured.gain):
         return Refined(plan)
+    bounds = spread_bounds(geometry, plan, measured)
     texts = _texts(out, checkpoint, geometry, plan, choice, measured, limits, forward)
     members: dict[str, Any] = {}
     parts: list[RenderableType] = []
-    if searches:
+    if searches(choice, measured):
         from expertcut.choose import parse_domain_weights
         from expertcut.cli.searching import search
         from expertcut.measure.objective import Objective
@@ -94,7 +97,7 @@ def refine(
         objective = Objective.parse(measured.by, weights)
         select_on, report_on = texts.judge_on.parted(2)
         found = search(
-            out, checkpoint, geometry, candidates, choice, measured, objective, select_on, report_on, forward
+            out, checkpoint, geometry, candidates, choice, measured, objective, bounds, select_on, report_on, forward
         )  # fmt: skip
         plan, members, parts = _noted(found.plan, texts.facts | found.facts), found.members, found.parts
         texts = replace(texts, judge_on=select_on)

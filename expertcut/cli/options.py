@@ -240,7 +240,7 @@ class Measured:
             "--by",
             metavar="NAME",
             rich_help_panel=MEASURED,
-            help="For --strategy auto and --evolve, what is made small: nll, kl, or worst (over domains).",
+            help="For --strategy auto, --evolve and --budget global, what is made small: nll, kl, or worst (domain).",
         ),
     ] = "nll"
     evolve: Annotated[
@@ -253,6 +253,30 @@ class Measured:
             help="Let the chosen experts evolve over so many generations, judged on --data.",
         ),
     ] = 0
+    budget: Annotated[
+        str,
+        typer.Option(
+            "--budget",
+            metavar="NAME",
+            rich_help_panel=MEASURED,
+            help="uniform: as many experts in every layer; global: by what each loses on --data; needs --per-layer.",
+        ),
+    ] = "uniform"
+    floor: Annotated[
+        int | None,
+        typer.Option(
+            "--floor",
+            metavar="N",
+            rich_help_panel=MEASURED,
+            help="With --budget global, the fewest experts of a layer. Default: half of the average.",
+        ),
+    ] = None
+    ceiling: Annotated[
+        int | None,
+        typer.Option(
+            "--ceiling", metavar="N", rich_help_panel=MEASURED, help="And the most. Default: all that there are."
+        ),
+    ] = None
     sequential: Annotated[
         bool,
         typer.Option(
@@ -286,7 +310,7 @@ class Measured:
             metavar="TEXT",
             rich_help_panel=MEASURED,
             show_default=False,
-            help="Held-out text that gains and --max-loss are judged on. Repeatable.",
+            help="Held-out text that all of this is judged on. Repeatable.",
         ),
     ] = None
     tokens: Annotated[

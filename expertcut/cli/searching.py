@@ -1,4 +1,6 @@
-"""`plan --strategy auto` and `--evolve`: candidates in, the best by held-out text out, and how sure that is."""
+"""`plan --strategy auto`, `--budget global` and `--evolve`: candidates in, the best by held-out text out, and how sure
+that is.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from expertcut.cli.common import Output
-from expertcut.cli.options import Choice, Forward, Measured
+from expertcut.cli.options import UNMEASURED, Choice, Forward, Measured
 from expertcut.cli.planning import AUTO, build_plan
 from expertcut.cli.walking import walk_with, walks
 from expertcut.errors import ProfileError, UsageError
@@ -17,14 +19,19 @@ if TYPE_CHECKING:
 
     from expertcut.calibrate.data import CalibrationSet
     from expertcut.checkpoint import Checkpoint
+    from expertcut.choose.budget import Bounds
     from expertcut.choose.plan import Plan
     from expertcut.measure.objective import Objective
     from expertcut.measure.quality import WhatIf
-    from expertcut.measure.search import Scored
+    from expertcut.measure.search import Judge, Scored
     from expertcut.model import Geometry
 
+GLOBAL = "global"
+"""The budget that is spread over the layers."""
 CONTROLS = 3
 """Random plans that are measured beside the chosen one."""
+SPREAD = "spread over the layers"
+"""Of a criterion: by what each layer loses."""
 SHOWN = 12
 """Candidates in the table."""
 
@@ -38,6 +45,46 @@ class Found:
     """For the plan's provenance."""
     members: dict[str, Any]
     parts: list[RenderableType]
+
+
+def searches(choice: Choice, measured: Measured) -> list[str]:
+    """Return the options given that need candidates to be measured; none if nothing is searched for."""
+    given = {f"--strategy {AUTO}": choice.strategy == AUTO, "--evolve": measured.evolve > 0,
+             f"--budget {GLOBAL}": measured.budget == GLOBAL}  # fmt: skip
+    return [option for option, is_given in given.items() if is_given]
+
+
+def check_spread(choice: Choice, measured: Measured) -> None:
+    """Check that the options for spreading a budget over the layers go together, before anything is opened.
+
+    Raises:
+        UsageError: they do not.
+    """
+    if measured.budget not in (UNMEASURED.budget, GLOBAL):
+        raise UsageError(f"--budget {measured.budget}: unknown; known: {UNMEASURED.budget}, {GLOBAL}")
+    if measured.budget != GLOBAL:
+        if measured.floor is not None or measured.ceiling is not None:
+            raise UsageError(f"--floor and --ceiling have an effect with --budget {GLOBAL} only")
+        return
+    if not choice.per_layer:
+        raise UsageError(
+            f"--budget {GLOBAL} makes layers differ, which only expertcut's plug-ins serve", "say so with --per-layer"
+        )
+    if walks(choice, measured):
+        raise UsageError(f"--budget {GLOBAL} goes with strategies that read a profile or the weights, layer by layer")
+
+
+def spread_bounds(geometry: Geometry, plan: Plan, measured: Measured) -> Bounds | None:
+    """Return what every layer may keep if the budget of a plan is to be spread, None if it is not.
+
+    Raises:
+        UsageError: the bounds given cannot be.
+    """
+    from expertcut.choose.budget import Bounds
+
+    if measured.budget != GLOBAL:
+        return None
+    return Bounds.resolve(geometry, plan.experts, plan.top_k(geometry), measured.floor, measured.ceiling)
 
 
 def build_candidates(
@@ -67,9 +114,10 @@ def build_candidates(
 
 def search(
     out: Output, checkpoint: Checkpoint, geometry: Geometry, candidates: Mapping[str, Plan], choice: Choice,
-    measured: Measured, objective: Objective, select_on: CalibrationSet, report_on: CalibrationSet, forward: Forward,
+    measured: Measured, objective: Objective, bounds: Bounds | None, select_on: CalibrationSet,
+    report_on: CalibrationSet, forward: Forward,
 ) -> Found:  # fmt: skip
-    """Choose the best candidate on one text, let it evolve if asked for, and measure it on the other."""
+    """Choose the best candidate on one text, spread it and let it evolve if asked for, and measure it on the other."""
     from dataclasses import replace
 
     from expertcut.calibrate.run import ProfileOptions
@@ -81,9 +129,12 @@ def search(
     with out.progress("trying candidates", lambda speed: f"{speed:.2f} layers/s") as advance:
         select = judge_with(checkpoint, geometry, select_on, options, notify=out.note, advance=advance)
         ranked, selection = scored(select, candidates, objective)
+        if bounds is not None:
+            ranked = _spread(out, checkpoint, geometry, choice, ranked, bounds, select, objective)
+        starts = [one.name for one in ranked]
         if measured.evolve:
             ranked = evolve(
-                ranked, select, objective, measured.evolve, geometry, seed=choice.seed,
+                ranked, select, objective, measured.evolve, geometry, seed=choice.seed, bounds=bounds,
                 protected=parse_protect(choice.protect or (), geometry),
                 tell=lambda number, best: out.note(f"generation {number}: {best.loss:.4f} by {best.name}"),
             )  # fmt: skip
@@ -97,7 +148,7 @@ def search(
         shown = {best.name: best.plan} | ({runner_up.name: runner_up.plan} if runner_up else {}) | controls
         report = judge_with(checkpoint, geometry, report_on, options, notify=out.note, advance=advance)(shown)
     facts: dict[str, Any] = {
-        "criterion": best.name if best.name in candidates else f"evolved from {', '.join(candidates)}",
+        "criterion": best.plan.provenance["criterion"] if best.name in starts else f"evolved from {', '.join(starts)}",
         "searched": {"by": objective.by, "generations": measured.evolve, "loss": best.loss},
     }
     members = {
@@ -109,6 +160,33 @@ def search(
     }  # fmt: skip
     parts = _parts(ranked, best, runner_up, objective, selection, report)
     return Found(best.plan, facts, members, parts)
+
+
+def _spread(
+    out: Output, checkpoint: Checkpoint, geometry: Geometry, choice: Choice, ranked: list[Scored], bounds: Bounds,
+    select: Judge, objective: Objective,
+) -> list[Scored]:  # fmt: skip
+    """Spread the budget of the best candidate over the layers; what comes of it is one candidate more."""
+    from dataclasses import replace
+
+    from expertcut.measure.search import scored
+    from expertcut.measure.spread import spread
+
+    best = ranked[0]
+
+    def make(experts: int) -> Plan:
+        counted = replace(choice, strategy=best.name, experts=experts, keep=None, drop=None, fit=None, tp=1)
+        return build_plan(checkpoint, geometry, counted, out)
+
+    found = spread(make, best.plan.experts, bounds, select, objective, geometry)
+    told = best.plan.provenance | {
+        "spread": {"floor": bounds.floor, "ceiling": bounds.ceiling, "by": objective.by, "counts": list(found.counts),
+                   "losses": found.losses.tolist()}
+    }  # fmt: skip
+    plan = found.plan.model_copy(update={"provenance": told})
+    more, _ = scored(select, {f"{best.name}, {SPREAD}": plan}, objective)
+    out.note(f"experts by layer: {', '.join(map(str, found.experts))}, {more[0].loss:.4f} against {best.loss:.4f}")
+    return sorted([*ranked, *more], key=lambda one: one.loss)
 
 
 def _parts(

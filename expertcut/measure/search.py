@@ -1,7 +1,7 @@
 """Candidate plans and text in; the best plan out: the pick of several criteria, and evolution from there.
 
 All candidates of a generation go through the model together, each layer read once. Invariant: the same inputs give the
-same plan; every candidate keeps as many experts in each layer and group as its parents.
+same plan; every candidate keeps as many experts as its parents, in each layer too unless bounds let layers differ.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from expertcut.calibrate.data import CalibrationSet
 from expertcut.calibrate.passage import Advance, Notify
 from expertcut.calibrate.run import ProfileOptions
 from expertcut.checkpoint.types import Checkpoint
+from expertcut.choose.budget import Bounds
 from expertcut.choose.plan import LayerPlan, Plan
 from expertcut.measure.objective import Objective
 from expertcut.measure.quality import WhatIf
@@ -28,7 +29,7 @@ PARENTS = 4
 TOGETHER = 16
 """Candidates that go through the model together: each has hidden states of its own in memory."""
 CHANCE = 0.25
-"""Of a layer to exchange one of its experts."""
+"""Of a layer to exchange one of its experts; and, where they may differ, of two layers to move one between them."""
 
 Judge = Callable[[Mapping[str, Plan]], WhatIf]
 
@@ -67,20 +68,21 @@ def scored(judge: Judge, plans: Mapping[str, Plan], objective: Objective) -> tup
 
 def evolve(
     starts: Sequence[Scored], judge: Judge, objective: Objective, generations: int, geometry: Geometry, *,
-    protected: Mapping[str, Collection[int]], seed: int = 0,
+    protected: Mapping[str, Collection[int]], bounds: Bounds | None = None, seed: int = 0,
     tell: Callable[[int, Scored], None] = lambda generation, best: None,
 ) -> list[Scored]:  # fmt: skip
     """Return all candidates after so many generations, the best first; `starts` are among them.
 
     A child takes each layer's experts from one of two parents, and now and then exchanges a kept expert of a layer for
-    a dropped one of the same group: rather one that few starts keep for one that many do. Fitness is the loss on the
+    a dropped one of the same group: rather one that few starts keep for one that many do. Within `bounds`, a layer may
+    also drop an expert of every group for another layer to take. Fitness is the loss on the
     judge's text, so the result has to be judged on other text. `tell` hears of each generation's best.
     """
     draw = random.Random(seed)
     known = {_genes(one.plan): one for one in reversed(starts)}
     ranked = sorted(known.values(), key=lambda one: one.loss)
     votes = {key: Counter(e for one in starts for e in one.plan.layers[key].kept) for key in starts[0].plan.layers}
-    mutate = _Exchange(votes, len(starts), geometry, protected, draw)
+    mutate = _Mutation(votes, len(starts), geometry, protected, bounds, draw)
     for generation in range(1, generations + 1):
         children: dict[str, Plan] = {}
         genes = set(known)
@@ -100,38 +102,66 @@ def evolve(
 
 
 @dataclass(frozen=True)
-class _Exchange:
-    """Exchanges one kept expert of a layer, protected ones never, within its group."""
+class _Mutation:
+    """Exchanges experts of a layer and moves some between layers, within groups; protected ones stay."""
 
     votes: Mapping[str, Counter[int]]
     """How many starts keep an expert, by key."""
     starts: int
     geometry: Geometry
     protected: Mapping[str, Collection[int]]
+    bounds: Bounds | None
     draw: random.Random
 
-    def __call__(self, key: str, kept: tuple[int, ...]) -> tuple[int, ...]:
-        size, votes = self.geometry.num_experts // self.geometry.n_group, self.votes[key]
+    def exchanged(self, key: str, kept: tuple[int, ...]) -> tuple[int, ...]:
+        """One kept expert for a dropped one of the same group."""
         group = self.draw.randrange(self.geometry.n_group)
-        ids = range(group * size, (group + 1) * size)
-        goes = [e for e in ids if e in kept and e not in self.protected.get(key, ())]
-        comes = [e for e in ids if e not in kept]
-        if not goes or not comes:
-            return kept
-        out = self.draw.choices(goes, [1 + self.starts - votes[e] for e in goes])[0]
-        new = self.draw.choices(comes, [1 + votes[e] for e in comes])[0]
-        return tuple(sorted({*kept, new} - {out}))
+        goes, comes = self._goes(key, kept, group), self._comes(key, kept, group)
+        return kept if goes is None or comes is None else tuple(sorted({*kept, comes} - {goes}))
+
+    def moved(self, layers: dict[str, LayerPlan]) -> dict[str, LayerPlan]:
+        """One expert of every group less in one layer, and more in another, as far as the bounds let it."""
+        trunk, groups = self.geometry.trunk, range(self.geometry.n_group)
+        if self.bounds is None or len(trunk) < 2 or self.draw.random() >= CHANCE:
+            return layers
+        gives, takes = self.draw.sample(trunk, 2)
+        found = dict(layers)
+        for block, one, sign in ((gives, self._goes, -1), (takes, self._comes, 1)):
+            for key in block.keys:
+                kept = layers[key].kept
+                some = {e for group in groups if (e := one(key, kept, group)) is not None}
+                count = len(kept) + sign * len(groups)
+                if len(some) < len(groups) or not self.bounds.floor <= count <= self.bounds.ceiling:
+                    return layers
+                found[key] = layers[key].model_copy(update={"kept": tuple(sorted({*kept} ^ some))})
+        return found
+
+    def _goes(self, key: str, kept: tuple[int, ...], group: int) -> int | None:
+        ids = [e for e in self._group(group) if e in kept and e not in self.protected.get(key, ())]
+        return self._drawn(ids, [1 + self.starts - self.votes[key][e] for e in ids])
+
+    def _comes(self, key: str, kept: tuple[int, ...], group: int) -> int | None:
+        ids = [e for e in self._group(group) if e not in kept]
+        return self._drawn(ids, [1 + self.votes[key][e] for e in ids])
+
+    def _group(self, group: int) -> range:
+        size = self.geometry.num_experts // self.geometry.n_group
+        return range(group * size, (group + 1) * size)
+
+    def _drawn(self, ids: list[int], weights: list[int]) -> int | None:
+        return self.draw.choices(ids, weights)[0] if ids else None
 
 
 def _genes(plan: Plan) -> tuple[tuple[int, ...], ...]:
     return tuple(entry.kept for entry in plan.layers.values())
 
 
-def _child(one: Plan, other: Plan, draw: random.Random, exchange: _Exchange) -> Plan:
+def _child(one: Plan, other: Plan, draw: random.Random, mutate: _Mutation) -> Plan:
     layers: dict[str, LayerPlan] = {}
     for key, entry in one.layers.items():
         kept = draw.choice((entry.kept, other.layers[key].kept))
         if len(kept) != len(entry.kept):  # counts differ by layer, and the total must stay
             kept = entry.kept
-        layers[key] = entry.model_copy(update={"kept": exchange(key, kept) if draw.random() < CHANCE else kept})
-    return one.model_copy(update={"layers": layers})
+        kept = mutate.exchanged(key, kept) if draw.random() < CHANCE else kept
+        layers[key] = entry.model_copy(update={"kept": kept})
+    return one.model_copy(update={"layers": mutate.moved(layers)})
