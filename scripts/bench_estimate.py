@@ -1,9 +1,9 @@
 """The cost model against measured throughput: arXiv 2505.03531, DeepSeek-V2-Lite on 2 A800 and DeepSeek-V3 on 8 H200.
 
-Fits five constants a machine to the rows of `estimate_*.json`, and prints them, every row's measured and predicted gains,
-mean errors by regime, those of loads left out of the fit, how many pairs are in the right order, and where the regimes
-meet. Rows at concurrency 192 are shown, not fitted: the paper suspects a switch of the engine's strategy there. Models
-are the published headers and configs in `tests/goldens`. Exits 1 if a target is missed.
+Fits five constants a machine to the rows of `estimate_*.json`, and prints them, every row's measured and predicted
+gains, mean errors by regime, those of loads left out of the fit, how many pairs are in the right order, and where the
+regimes meet. Rows at concurrency 192 are shown, not fitted: the paper suspects a switch of the engine's strategy there.
+Models are the published headers and configs in `tests/goldens`. Exits 1 if a target is missed.
 """
 
 from __future__ import annotations

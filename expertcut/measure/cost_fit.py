@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from expertcut.errors import DataError
 from expertcut.measure.cost import step_seconds, throughput
-from expertcut.measure.cost_hardware import Count, Machine, Positive, first_error
+from expertcut.measure.cost_hardware import UNFITTED, Count, Machine, Positive, first_error
 from expertcut.measure.cost_model import ModelCost
 from expertcut.measure.cost_traffic import Load, stacked, tally
 
@@ -186,14 +186,14 @@ class Fit:
 
 
 def fit(experiment: Experiment, machine: Machine) -> Machine:
-    """Fit a machine's constants to measurements; deterministic, in milliseconds."""
+    """Fit a machine's constants to measurements; those that it has do not matter, and equal rows give equal ones."""
 
     def at(point: np.ndarray) -> Machine:
         values = [1 / (1 + np.exp(-x)) if name in SHARES else np.exp(x) for name, x in zip(NAMES, point, strict=True)]
         constants = machine.constants.model_copy(update=dict(zip(NAMES, map(float, values), strict=True)))
         return machine.model_copy(update={"constants": constants, "fitted": experiment.measured.source})
 
-    start = [getattr(machine.constants, name) for name in NAMES]
+    start = [getattr(UNFITTED, name) for name in NAMES]
     point = np.array([np.log(v / (1 - v)) if n in SHARES else np.log(v) for n, v in zip(NAMES, start, strict=True)])
     for _ in range(3):  # the simplex may collapse before it is there: begin again around what it found
         point = nelder_mead(lambda x: experiment.loss(at(x)), point)

@@ -7,7 +7,6 @@ what an engine makes of them and are to be fitted to measurements (see `cost_fit
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -93,14 +92,15 @@ class Machine(_Record):
 
 _LITE = Constants(bandwidth=0.82, compute=0.32, layer_us=64.5, moe_us=8.7, sequence_us=23.4)
 _V3 = Constants(bandwidth=0.73, compute=0.363, layer_us=99.5, moe_us=93, sequence_us=66.8)
-_GUESS = Constants(bandwidth=0.75, compute=0.4, layer_us=80, moe_us=30, sequence_us=40)
+UNFITTED = Constants(bandwidth=0.75, compute=0.4, layer_us=80, moe_us=30, sequence_us=40)
+"""What constants are guessed to be, and where every fit starts."""
 _LITE_ROWS = "DeepSeek-V2-Lite on 2 A800, SGLang 0.4.4, arXiv 2505.03531"
 _V3_ROWS = "DeepSeek-V3 on 8 H200, SGLang 0.4.4, arXiv 2505.03531"
 
 
 def _preset(
     name: str, memory: float, bandwidth: float, bf16: float, fp8: float | None, link: float,
-    constants: Constants = _GUESS, fitted: str = "",
+    constants: Constants = UNFITTED, fitted: str = "",
 ) -> Machine:  # fmt: skip
     return Machine(name=name, memory_gb=memory, bandwidth_gb_s=bandwidth, bf16_tflops=bf16, fp8_tflops=fp8,
                    link_gb_s=link, constants=constants, fitted=fitted)  # fmt: skip
@@ -128,11 +128,13 @@ def read_machine(text: str, *, tp: int | None = None, ep: int | None = None) -> 
     Raises:
         UsageError: no such preset or file, a wrong, missing or unknown field, or sizes that do not divide the devices.
     """
-    named = re.fullmatch(r"([A-Za-z0-9]+?)(?:x([0-9]+))?", text)
-    if named and named[1].lower() in PRESETS:
-        where, found = text, PRESETS[named[1].lower()].model_dump() | {"count": int(named[2] or 1)}
+    name, x, count = text.lower().rpartition("x")
+    if text.lower() in PRESETS:  # some names have an x themselves
+        found = PRESETS[text.lower()].model_dump()
+    elif x and name in PRESETS and count.isdecimal():
+        found = PRESETS[name].model_dump() | {"count": int(count)}
     elif Path(text).is_file():
-        where, found = text, _load(Path(text))
+        found = _load(Path(text))
     else:
         raise UsageError(f"{text}: no such hardware and no such file; there are {', '.join(PRESETS)}",
                          "for example --hardware h200x8, or a file as in docs/estimate.md")  # fmt: skip
@@ -140,7 +142,7 @@ def read_machine(text: str, *, tp: int | None = None, ep: int | None = None) -> 
     try:
         return Machine.model_validate(found)
     except ValidationError as error:
-        raise UsageError(f"{where}: {first_error(error)}", "the fields are listed in docs/estimate.md") from error
+        raise UsageError(f"{text}: {first_error(error)}", "the fields are listed in docs/estimate.md") from error
 
 
 def _load(path: Path) -> dict[str, Any]:
