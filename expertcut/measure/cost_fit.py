@@ -82,9 +82,20 @@ def read_measured(path: Path) -> Measured:
 
 
 class Experiment:
-    """Measured rows of one model, beside what the model of costs says of them on any machine of one layout."""
+    """Measured rows of one model, beside what the model of costs says of them on any machine.
+
+    Raises:
+        DataError: a row has more experts than the model.
+    """
 
     def __init__(self, work: ModelCost, measured: Measured) -> None:
+        most = max(len(moe.chosen) for moe in work.moe)
+        for at, row in enumerate(measured.rows):
+            if not row.top_k <= row.experts <= most:
+                raise DataError(
+                    f"{measured.source}: rows.{at}: {row.experts:g} experts with top-{row.top_k:g}, the model has {most}",
+                    "fit to rows of this model",
+                )
         self.measured, self._work = measured, work
         self.rates = np.array([row.tokens_per_s for row in measured.rows])
         self._loads = [Load(row.concurrency, row.input_len, row.output_len) for row in measured.rows]

@@ -135,6 +135,12 @@ def test_rows_that_cannot_be_fitted_are_refused_by_field(text: str, told: str, t
         read_measured(tmp_path / "none.json")
 
 
+def test_rows_of_another_model_are_refused(repo: Path) -> None:
+    rows = read_measured(repo / "scripts/estimate_v3.json")
+    with pytest.raises(DataError, match=r"rows\.0: 256 experts with top-8, the model has 64"):
+        Experiment(paper(repo, "estimate_v2_lite")[1], rows)
+
+
 def test_hardware_by_name_and_by_file(tmp_path: Path) -> None:
     assert [read_machine(text).count for text in ("H200x8", "mi300x", "mi300xx4", "rtx4090")] == [8, 1, 4, 1]
     written = tmp_path / "own.json"
