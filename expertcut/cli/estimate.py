@@ -118,19 +118,19 @@ def _works(
     """The unchanged model, the plans by their files' names, and a grid of counts."""
     from expertcut.choose.plan import Plan, validate
     from expertcut.errors import PlanError, ProfileError, UsageError
-    from expertcut.measure.cost_model import model_cost
+    from expertcut.measure.cost_model import model_cost, planned
     from expertcut.model import geometry_hash
 
     own = geometry_hash(geometry)
     if profile is not None and profile.meta.fingerprint.geometry != own:
         raise ProfileError(f"the profile is of {profile.meta.source}, of another geometry than {checkpoint.name}")
-    works = {"base": model_cost(checkpoint, geometry, None, profile)}
+    works = {"base": model_cost(checkpoint, geometry, profile)}
     for path in plans:
         plan = Plan.load(path)
         if plan.source.fingerprint.geometry != own:
             raise PlanError(f"{path}: made for {plan.source.name}, of another geometry than {checkpoint.name}")
         validate(plan, geometry)
-        works[str(path)] = model_cost(checkpoint, geometry, plan, profile)
+        works[str(path)] = planned(works["base"], geometry, plan, profile)
     for experts, k in product(counts or [geometry.num_experts], tops or [geometry.top_k]):
         if experts > geometry.num_experts or k > experts:
             raise UsageError(f"{experts} of {geometry.num_experts} experts with top-{k}: that many there are not",

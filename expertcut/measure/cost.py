@@ -22,7 +22,7 @@ from expertcut.calibrate.profile import Profile
 from expertcut.checkpoint.types import Checkpoint
 from expertcut.choose.plan import Plan
 from expertcut.measure.cost_hardware import Machine
-from expertcut.measure.cost_model import ModelCost, model_cost, narrowed
+from expertcut.measure.cost_model import ModelCost, model_cost, narrowed, planned
 from expertcut.measure.cost_traffic import Load, Traffic, distinct, tally
 from expertcut.model import Geometry
 
@@ -196,8 +196,8 @@ def estimate_plans(
         PlanError: a plan is of another model.
         ProfileError: the profile is of another model.
     """
-    works = {BASE: model_cost(checkpoint, geometry, None, profile)}
-    works |= {name: model_cost(checkpoint, geometry, plan, profile) for name, plan in plans.items()}
+    base = model_cost(checkpoint, geometry, profile)
+    works = {BASE: base} | {name: planned(base, geometry, plan, profile) for name, plan in plans.items()}
     return predict_all(works, machine, load)
 
 

@@ -92,10 +92,8 @@ class Experiment:
         most = max(len(moe.chosen) for moe in work.moe)
         for at, row in enumerate(measured.rows):
             if not row.top_k <= row.experts <= most:
-                raise DataError(
-                    f"{measured.source}: rows.{at}: {row.experts:g} experts with top-{row.top_k:g}, the model has {most}",
-                    "fit to rows of this model",
-                )
+                found = f"{row.experts:g} experts with top-{row.top_k:g}"
+                raise DataError(f"{measured.source}: rows.{at}: {found}, the model has {most}")
         self.measured, self._work = measured, work
         self.rates = np.array([row.tokens_per_s for row in measured.rows])
         self._loads = [Load(row.concurrency, row.input_len, row.output_len) for row in measured.rows]

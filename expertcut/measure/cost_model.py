@@ -120,26 +120,14 @@ def spread(weights: np.ndarray, top_k: float) -> np.ndarray:
         full |= over
 
 
-def model_cost(
-    checkpoint: Checkpoint, geometry: Geometry, plan: Plan | None = None, profile: Profile | None = None
-) -> ModelCost:
-    """Count what a checkpoint, or what a plan leaves of it, asks of a machine. Reads no tensor.
+def model_cost(checkpoint: Checkpoint, geometry: Geometry, profile: Profile | None = None) -> ModelCost:
+    """Count what a checkpoint asks of a machine. Reads no tensor.
 
     Raises:
-        PlanError: the plan is of another model.
         ProfileError: the profile lacks a layer, or is of a model with another number of experts.
     """
-    bits, kept = _bits(checkpoint), kept_by_block(plan, geometry) if plan else None
-    top_k = numbers(plan, geometry).top_k if plan else {}
-    uniform: dict[tuple[int, float], np.ndarray] = {}
-    moe, routed = [], Weights(0, 0)
-    for block in geometry.trunk:
-        ids = np.array(kept[block.prefix]) if kept else np.arange(block.experts)
-        k = min(top_k.get(block.layer, block.top_k), len(ids))
-        if profile is None:
-            chosen = uniform.setdefault((len(ids), k), np.full(len(ids), k / len(ids)))
-        else:
-            chosen = spread(_popularity(profile, block, k)[ids], k)
+    bits, moe, routed = _bits(checkpoint), [], Weights(0, 0)
+    for block, chosen in zip(geometry.trunk, _chosen(geometry, None, profile), strict=True):
         expert, row, always = _split(checkpoint, geometry, block, bits)
         moe.append(MoeCost(chosen, expert, row, geometry.expert_nbytes(checkpoint, block.prefix)))
         routed = routed.plus(always)
@@ -151,6 +139,32 @@ def model_cost(
         tuple(moe), routed.plus(layers), head, attention, geometry.num_layers, geometry.hidden, fixed,
         _fp8(checkpoint, geometry), profile is not None, notes,
     )  # fmt: skip
+
+
+def planned(work: ModelCost, geometry: Geometry, plan: Plan, profile: Profile | None = None) -> ModelCost:
+    """Return what a plan leaves of a model that was counted with the same profile; layers may differ.
+
+    Raises:
+        PlanError: the plan is of another model.
+        ProfileError: see `model_cost`.
+    """
+    chosen = _chosen(geometry, plan, profile)
+    return replace(work, moe=tuple(replace(m, chosen=own) for m, own in zip(work.moe, chosen, strict=True)))
+
+
+def _chosen(geometry: Geometry, plan: Plan | None, profile: Profile | None) -> list[np.ndarray]:
+    """How popular the experts are that a plan keeps, by layer; layers that are alike share one array."""
+    kept, top_k = (kept_by_block(plan, geometry), numbers(plan, geometry).top_k) if plan else ({}, {})
+    uniform: dict[tuple[int, int], np.ndarray] = {}
+    found = []
+    for block in geometry.trunk:
+        ids = np.array(kept.get(block.prefix, range(block.experts)))
+        k = min(top_k.get(block.layer, block.top_k), len(ids))
+        if profile is None:
+            found.append(uniform.setdefault((len(ids), k), np.full(len(ids), k / len(ids))))
+        else:
+            found.append(spread(_popularity(profile, block, k)[ids], k))
+    return found
 
 
 def _popularity(profile: Profile, block: MoeBlock, top_k: int) -> np.ndarray:

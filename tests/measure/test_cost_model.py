@@ -19,7 +19,7 @@ from expertcut.errors import PlanError, ProfileError
 from expertcut.measure.cost import estimate_plans
 from expertcut.measure.cost_attention import read_attention
 from expertcut.measure.cost_hardware import read_machine
-from expertcut.measure.cost_model import model_cost, spread
+from expertcut.measure.cost_model import model_cost, planned, spread
 from expertcut.measure.cost_traffic import Load, distinct
 from expertcut.model import ExpertTensor, Geometry, read_geometry
 from expertcut.model.summary import nbytes_with, summarise
@@ -120,19 +120,19 @@ def uneven(model: tuple[Checkpoint, Geometry]) -> Plan:
 
 def test_a_profile_decides_who_is_popular(model: tuple[Checkpoint, Geometry], profile: Profile) -> None:
     geometry = model[1]
-    for block, moe in zip(geometry.trunk, model_cost(*model, None, profile).moe, strict=True):
+    for block, moe in zip(geometry.trunk, model_cost(*model, profile).moe, strict=True):
         stats = profile.layer(block.prefix)
         assert moe.chosen == pytest.approx(stats.count / stats.tokens, abs=1e-8)
     flat = {f"{prefix}/count": np.ones_like(profile.arrays[f"{prefix}/count"]) for prefix in profile.prefixes}
-    alike = model_cost(*model, None, Profile(profile.meta, {**profile.arrays, **flat}))
+    alike = model_cost(*model, Profile(profile.meta, {**profile.arrays, **flat}))
     for known, unknown in zip(alike.moe, model_cost(*model).moe, strict=True):
         assert known.chosen == pytest.approx(unknown.chosen)
 
 
 def test_a_plan_narrows_every_layer_by_itself(model: tuple[Checkpoint, Geometry], profile: Profile) -> None:
     geometry, plan = model[1], uneven(model)
-    planned = model_cost(*model, plan, profile)
-    for block, moe in zip(geometry.trunk, planned.moe, strict=True):
+    left = planned(model_cost(*model, profile), geometry, plan, profile)
+    for block, moe in zip(geometry.trunk, left.moe, strict=True):
         entry, stats = plan.layers[block.prefix], profile.layer(block.prefix)
         k = entry.top_k or block.top_k
         assert len(moe.chosen) == len(entry.kept) and moe.chosen.sum() == pytest.approx(k)
@@ -140,7 +140,7 @@ def test_a_plan_narrows_every_layer_by_itself(model: tuple[Checkpoint, Geometry]
         assert moe.chosen == pytest.approx(spread(used[list(entry.kept)], k))
     counts = {block.layer: len(plan.layers[block.prefix].kept) for block in geometry.trunk}
     counts |= {block.layer: counts[geometry.trunk[-1].layer] for block in geometry.mtp}
-    assert planned.nbytes == nbytes_with(*model, counts, mtp=False)
+    assert left.nbytes == nbytes_with(*model, counts, mtp=False)
 
 
 def test_plans_beside_the_unchanged_model(model: tuple[Checkpoint, Geometry], profile: Profile) -> None:
@@ -152,7 +152,7 @@ def test_plans_beside_the_unchanged_model(model: tuple[Checkpoint, Geometry], pr
     assert found["uneven"].gain == pytest.approx(
         found["uneven"].tokens_per_second / found["base"].tokens_per_second - 1
     )
-    chosen = [moe.chosen for moe in model_cost(*model, plans["uneven"], profile).moe]
+    chosen = [m.chosen for m in planned(model_cost(*model), model[1], plans["uneven"], profile).moe]
     assert found["uneven"].experts == pytest.approx(np.mean([len(layer) for layer in chosen]))
     mean = np.mean([distinct(layer, np.array([8.0])) for layer in chosen])
     assert found["uneven"].touched == pytest.approx(mean)
@@ -164,6 +164,6 @@ def test_what_belongs_to_another_model_is_refused(
     other = open_checkpoint(demo_model)
     geometry = read_geometry(other)
     with pytest.raises(PlanError, match="the plan"):
-        model_cost(other, geometry, uneven(model))
+        planned(model_cost(other, geometry), geometry, uneven(model))
     with pytest.raises(ProfileError, match="not in the profile|knows 8 experts, the model 32"):
-        model_cost(other, geometry, None, profile)
+        model_cost(other, geometry, profile)
