@@ -65,7 +65,7 @@ def sweep(
     from expertcut.model.summary import nbytes_with
 
     out = output(ctx, as_json)
-    counts, tops = _numbers("--experts", experts), _numbers("--top-k", top_k)
+    counts, tops = numbers_of("--experts", experts), numbers_of("--top-k", top_k)
     if not counts and not tops:
         raise UsageError("found neither --experts nor --top-k", "for example --experts 96,64,48 --top-k 8,6")
     checkpoint = open_checkpoint(model, revision)
@@ -112,8 +112,12 @@ def _save(out: Output, out_dir: Path, facts: dict[str, Any], curve: list[Point])
     out.finish({"out": str(out_dir), **document}, _table(curve), "", f"written: {out_dir}")
 
 
-def _numbers(option: str, text: str | None) -> list[int]:
-    """Whole numbers between commas, each once."""
+def numbers_of(option: str, text: str | None) -> list[int]:
+    """Return whole numbers between commas, each once.
+
+    Raises:
+        UsageError: something else is there.
+    """
     parts = [part.strip() for part in text.split(",")] if text is not None else []
     if not all(part.isascii() and part.isdecimal() and int(part) for part in parts):
         raise UsageError(f"{option} {text}: expected whole numbers of 1 or more, between commas", f"{option} 64,48")
