@@ -46,16 +46,17 @@ def take_turns(
 ) -> None:  # fmt: skip
     """Measure every variant under every load, `rounds` times, and hand each sample on as soon as it is there.
 
-    at_once: engines that may be up at a time. With one, every engine is started anew in every round. With more, the
-    first variant stays up, and the others come in groups beside it, each group with rounds of its own.
+    at_once: engines that may be up at a time. With one for several variants, every engine is started anew in every
+    round. Else the first variant stays up, and the others come in groups beside it, each group with rounds of its own.
     """
     sets = groups(variants, at_once)
     total, done, number = rounds * len(loads) * sum(map(len, sets)), 0, 0
+    stay = at_once >= min(2, len(variants))
     with ExitStack() as stack:
-        kept = {variants[0]: _ready(stack, start, variants[0], loads, prompts)} if at_once > 1 else {}
+        kept = {variants[0]: _ready(stack, start, variants[0], loads, prompts)} if stay else {}
         for some in sets:
             with ExitStack() as beside:
-                if at_once > 1:
+                if stay:
                     kept |= {v: _ready(beside, start, v, loads, prompts) for v in some[1:]}
                 for _ in range(rounds):
                     number += 1

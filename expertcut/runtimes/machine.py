@@ -51,6 +51,18 @@ def tree(pid: int) -> Iterator[int]:
         yield from tree(child)
 
 
+def group_runs(group: int) -> bool:
+    """Return whether a process group has a process that still runs; those that wait to be forgotten hold nothing."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, found = path.read_text().rpartition(")")[2].split()[:3]
+        except (OSError, ValueError):  # it has just ended
+            continue
+        if int(found) == group and state not in "ZX":
+            return True
+    return False
+
+
 def held(pid: int) -> int:
     """Bytes that a process and its descendants hold for themselves: anonymous and shared memory, no mapped files."""
     total = 0

@@ -24,7 +24,7 @@ from expertcut.checkpoint.jsonio import shown
 from expertcut.errors import RuntimeLintError, UsageError
 from expertcut.measure.load import Target, run_load, served_name
 from expertcut.measure.rounds import Outcome
-from expertcut.runtimes.machine import Watch, gpus
+from expertcut.runtimes.machine import Watch, gpus, group_runs
 
 MODULE = "vllm.entrypoints.openai.api_server"
 """What `vllm serve` runs; the command itself is missing in some builds."""
@@ -112,6 +112,7 @@ def vllm_server(
         *arguments,
     ]  # fmt: skip
     env = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"} | os.environ
+    env.pop("VLLM_API_KEY", None)  # nobody else asks on the loopback interface
     with log.open("ab") as said, _signals_interrupt():
         begin = said.tell()
         process = subprocess.Popen(
@@ -152,15 +153,18 @@ def _reason(log: Path, begin: int) -> str:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ask the server to end, then make its whole group end."""
+    """Ask the server to end, then make its whole group end; its memory is free again when this returns."""
     try:
         process.terminate()
         with suppress(subprocess.TimeoutExpired):
             process.wait(FAREWELL)
     finally:
         with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # the session is its own, so that no other is in the group
+            os.killpg(process.pid, signal.SIGKILL)  # the group is the server's own
         process.wait()
+        deadline = time.monotonic() + FAREWELL
+        while group_runs(process.pid) and time.monotonic() < deadline:
+            time.sleep(PERIOD / 10)
 
 
 @contextmanager

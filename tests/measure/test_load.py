@@ -110,8 +110,8 @@ def test_pieces_stand_for_tokens_where_a_server_does_not_count(serve: Serve) -> 
 def test_a_run_that_drips_on_is_ended(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the connections do: the run as a whole has a limit."""
     monkeypatch.setattr(load, "GRACE", 0.2)
-    monkeypatch.setattr(load._Line, "ask", lambda self, prompt, length: server.over.wait(20))
     server = serve()
+    monkeypatch.setattr(load._Line, "ask", lambda self, prompt, length: server.over.wait(20))
     monkeypatch.setattr(load._Line, "hang_up", lambda self: server.over.set())
     with pytest.raises(RuntimeLintError, match="3 of 3 clients still wait after 0 s"):
         run_load(target(server, 0.1), PROMPTS, 4, 3)
