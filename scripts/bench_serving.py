@@ -29,9 +29,16 @@ ENVIRONMENT = {
 def expertcut(*arguments: object) -> None:
     threads = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
     env = threads | ENVIRONMENT | os.environ | {"PYTHONPATH": str(ROOT)}
-    run = subprocess.run([sys.executable, "-m", "expertcut", *map(str, arguments)], env=env, stdout=subprocess.DEVNULL)
-    if run.returncode:
-        sys.exit(run.returncode)
+    command = [sys.executable, "-m", "expertcut", *map(str, arguments)]
+    with subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL) as process:
+        try:
+            code = process.wait()
+        except (
+            KeyboardInterrupt
+        ):  # which it gets as well: `subprocess.run` would kill it before it has ended its servers
+            code = process.wait()
+    if code:
+        sys.exit(code)
 
 
 def checkpoints() -> list[Path]:

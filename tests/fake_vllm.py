@@ -17,8 +17,14 @@ if "--hang" in sys.argv:
 worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 with open({pids!r}, "a") as pids:
     pids.write(f"{{os.getpid()}} {{worker.pid}}" + chr(10))
-if "--deaf" in sys.argv:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def end(number, frame):
+    worker.kill()
+    os._exit(0)
+
+
+signal.signal(signal.SIGTERM, signal.SIG_IGN if "--deaf" in sys.argv else end)
 server = Server(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])))
 server.models = [sys.argv[sys.argv.index("--served-model-name") + 1]]
 server.script = os.environ.get("SCRIPT", "good").split(",")

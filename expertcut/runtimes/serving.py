@@ -1,7 +1,7 @@
 """A checkpoint in; vLLM's OpenAI server for it out, in a process of its own, and gone with all its children at the end.
 
 vLLM may live in another environment: nothing of it is imported here. Invariant: however the block ends, by an error,
-Ctrl-C or a signal too, no process of the server outlives it.
+Ctrl-C or a signal too, no process of the server outlives it; if this process is killed, the server ends by itself.
 """
 
 from __future__ import annotations
@@ -34,6 +34,11 @@ FINDS = (
     "from importlib.metadata import packages_distributions as p, version as v; "
     "d = p().get('vllm', ['']); d[0] and print(d[0], v(d[0]))"
 )
+LAUNCH = (
+    "import ctypes, os, signal, sys; ctypes.CDLL(None).prctl(1, signal.SIGTERM); "
+    "os.getppid() == int(sys.argv[1]) and os.execv(sys.executable, [sys.executable, *sys.argv[2:]])"
+)
+"""Becomes the server, which is asked to end if this process is killed and cannot ask itself (PR_SET_PDEATHSIG)."""
 PERIOD = 0.2
 """Seconds between two looks whether the server is up."""
 FAREWELL = 20.0
@@ -107,9 +112,9 @@ def vllm_server(
         port = free.getsockname()[1]
     target = Target(f"http://127.0.0.1:{port}/v1", name, timeout)
     command: list[str | Path] = [
-        python, "-m", MODULE, "--model", folder.resolve(), "--served-model-name", name, "--host", "127.0.0.1", "--port",
-        str(port), "--generation-config", "vllm", "--no-enable-prefix-caching", "--disable-uvicorn-access-log",
-        *arguments,
+        python, "-c", LAUNCH, str(os.getpid()), "-m", MODULE, "--model", folder.resolve(), "--served-model-name", name,
+        "--host", "127.0.0.1", "--port", str(port), "--generation-config", "vllm", "--no-enable-prefix-caching",
+        "--disable-uvicorn-access-log", *arguments,
     ]  # fmt: skip
     env = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"} | os.environ
     env.pop("VLLM_API_KEY", None)  # nobody else asks on the loopback interface

@@ -3,7 +3,9 @@
 import json
 import os
 import signal
+import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -54,6 +56,26 @@ def test_however_the_block_ends_no_process_is_left(fake: FakeVllm, tmp_path: Pat
     with pytest.raises(ZeroDivisionError), serve(tmp_path):
         raise ZeroDivisionError
     assert fake.alive == [] and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from expertcut.runtimes.serving import vllm_server
+folder = Path(sys.argv[1])
+with vllm_server(Path(sys.executable), folder, "m", [], log=folder / "log", start_timeout=60, timeout=9):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_server_ends_by_itself_where_nobody_can_end_it(fake: FakeVllm, tmp_path: Path, repo: Path) -> None:
+    env = os.environ | {"PYTHONPATH": os.pathsep.join((str(repo), str(fake.site)))}
+    run = subprocess.run([PYTHON, "-c", KILLED, tmp_path], env=env)
+    assert run.returncode == -signal.SIGKILL and fake.started
+    deadline = time.monotonic() + 30
+    while fake.alive and time.monotonic() < deadline:
+        os.sched_yield()
+    assert fake.alive == []
 
 
 def test_a_server_that_does_not_listen_is_killed(
