@@ -34,6 +34,8 @@ def save_plot(path: Path, rows: Sequence[Row], title: str) -> None:
         _line(right, line, label, [(r.ratio or 1.0, r.ratio_low, r.ratio_high) for r in line])
     left.set(xlabel="concurrent requests", ylabel="tokens written per second, median and range", yscale="log")
     right.set(xlabel="concurrent requests", ylabel="ratio to the first variant, 95 % interval")
+    ratios, (low, high) = [row.ratio or 1.0 for row in rows], right.get_ylim()
+    right.set_ylim(max(low, min(ratios) / 1.5), min(high, max(ratios) * 1.5))  # wide intervals would hide the curves
     left.legend(fontsize="small")
     figure.suptitle(title)
     figure.savefig(path, dpi=150)
