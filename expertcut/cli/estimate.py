@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from expertcut.cli.common import Output, output
+from expertcut.cli.common import Output, numbers, output
 from expertcut.cli.options import Json, Model, Revision
 
 if TYPE_CHECKING:
@@ -89,7 +89,6 @@ def estimate(
     """
     from expertcut.calibrate.profile import Profile
     from expertcut.checkpoint import open_checkpoint
-    from expertcut.cli.sweep import numbers_of
     from expertcut.measure.cost import predict_all
     from expertcut.measure.cost_hardware import read_machine
     from expertcut.measure.cost_traffic import Load
@@ -97,8 +96,8 @@ def estimate(
 
     out = output(ctx, as_json)
     machine = read_machine(hardware, tp=tp, ep=ep)
-    loads = [Load(clients, input_len, output_len) for clients in numbers_of("--concurrency", concurrency)]
-    counts, tops = numbers_of("--experts", experts), numbers_of("--top-k", top_k)
+    loads = [Load(clients, input_len, output_len) for clients in numbers("--concurrency", concurrency)]
+    counts, tops = numbers("--experts", experts), numbers("--top-k", top_k)
     checkpoint = open_checkpoint(model, revision)
     geometry = read_geometry(checkpoint)
     known = Profile.load(profile) if profile is not None else None
