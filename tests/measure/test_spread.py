@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
 
@@ -64,6 +64,11 @@ def spread_over(model: Model, experts: int, bounds: Bounds) -> tuple[Spread, lis
     return found, seen
 
 
+def loss(found: Spread, kept: Sequence[int]) -> float:
+    """What layers lose by the measured curves, straight between the counts that were measured."""
+    return sum(float(np.interp(n, found.counts, row)) for n, row in zip(kept, found.losses, strict=True))
+
+
 def test_the_spread_is_the_best_of_all_by_its_curves(model: Model) -> None:
     geometry = model[1]
     step, every = geometry.n_group, geometry.num_experts
@@ -78,13 +83,11 @@ def test_the_spread_is_the_best_of_all_by_its_curves(model: Model) -> None:
         n: cut(model, n).layers[b.prefix].kept for b, n in zip(geometry.trunk, kept, strict=True)
     }
     validate(found.plan, geometry)
-    curves = [lambda n, row=row: float(np.interp(n, found.counts, row)) for row in found.losses]
     possible = [
         some for some in product(range(bounds.floor, bounds.ceiling + 1, step), repeat=layers)
         if sum(some) <= experts * layers
     ]  # fmt: skip
-    least = min(sum(curve(n) for curve, n in zip(curves, some, strict=True)) for some in possible)
-    assert sum(curve(n) for curve, n in zip(curves, kept, strict=True)) == pytest.approx(least)
+    assert loss(found, kept) == pytest.approx(min(loss(found, some) for some in possible))
     for i, row in enumerate(found.losses):
         assert row.tolist() == [price(geometry, i, n) for n in found.counts]
     for plan in seen:  # every layer is measured alone
