@@ -13,15 +13,19 @@ from statistics import geometric_mean
 from results_common import OPTIONS, SEEDS, Subject, arguments, out, pooled, say, silent, subjects, table
 
 from expertcut.calibrate.data import CalibrationSet
+from expertcut.calibrate.profile import Profile
 from expertcut.choose import Plan, make_plan
 from expertcut.choose.budget import Bounds
-from expertcut.choose.criteria import CRITERIA
+from expertcut.choose.criteria import CRITERIA, NAEE
+from expertcut.choose.make import Request
+from expertcut.choose.plan import LayerPlan
 from expertcut.measure.arithmetic import arithmetic_accuracy, arithmetic_items
 from expertcut.measure.intervals import Estimate
 from expertcut.measure.objective import Objective
 from expertcut.measure.quality import WhatIf
 from expertcut.measure.search import evolve, judge_with, scored
 from expertcut.measure.spread import spread
+from expertcut.measure.walk import walk
 
 DROPPED = (0.25, 0.5)
 PATTERNS = ("first", "last")
@@ -52,6 +56,16 @@ def run(subject: Subject, seed: int, share: float, select: CalibrationSet, repor
         for name in CRITERIA if name not in PATTERNS
     }  # fmt: skip
     judging = {name: plan for name, plan in plans.items() if CRITERIA[name].needs}
+
+    def replayed(request: Request) -> tuple[dict[str, LayerPlan], Profile]:
+        return walk(
+            request, data, OPTIONS, sequential=False, tokenizer=subject.tokenizer.fingerprint, notify=say,
+            advance=silent,
+        )  # fmt: skip
+
+    plans[NAEE.name] = make_plan(
+        subject.checkpoint, subject.geometry, strategy=NAEE.name, keep=1 - share, seed=seed, walk=replayed
+    )
     judge = judge_with(subject.checkpoint, subject.geometry, select, OPTIONS, notify=say, advance=silent)
     ranked, _ = scored(judge, judging, Objective())
     evolved = evolve(ranked, judge, Objective(), GENERATIONS, subject.geometry, protected={}, seed=seed)
