@@ -88,8 +88,8 @@ def test_what_is_there_stays_and_one_is_no_factor(script: Any, demo_model: Path,
 
 
 def test_the_script_says_what_share_of_the_work_is_the_experts(repo: Path, demo_model: Path, tmp_path: Path) -> None:
-    command = [sys.executable, repo / "scripts/widen.py", demo_model, tmp_path / "twin", "--factor", "2"]
-    run = subprocess.run(command, capture_output=True, text=True)
+    command: list[str | Path] = [sys.executable, repo / "scripts/widen.py", demo_model, tmp_path / "twin"]
+    run = subprocess.run([*command, "--factor", "2"], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     before, after = run.stdout.splitlines()
     # 4 layers of 4 experts of 3 matrices 96 × 64; beside them routers, attention, norms and the tied head.
