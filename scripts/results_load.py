@@ -33,7 +33,7 @@ from expertcut.model import fingerprint, read_geometry
 CLIENTS, FASTER = (8, 32), 1.10
 LANES = 64
 """Widths are a multiple of this, which the engine's kernels like."""
-SAME = 2_000
+SAME = 500
 """Tokens on which the twin is compared with its model, plan by plan."""
 PROMPT = 32
 """Tokens of held-out text that a request begins with."""
