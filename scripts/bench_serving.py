@@ -23,6 +23,7 @@ OUT = BENCH / "serving"
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # idle servers beside the busy one are bound to the same cores otherwise
+    "VLLM_MLA_DISABLE": "1",  # on a CPU, latent attention knows the widths of released models only
 }
 
 
