@@ -19,13 +19,6 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.update(HF_HOME=cache.name, HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Several workers share files between them; what runs engines, which take memory, is all one worker's."""
-    for item in items:
-        group = "runtimes" if item.get_closest_marker("runtimes") else item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
 @pytest.fixture(scope="session")
 def repo() -> Path:
     """The root of the source tree."""
