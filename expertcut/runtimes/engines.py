@@ -31,6 +31,8 @@ BATCH = 16
 """Sequences that transformers runs at a time on a CPU; on a GPU lm-eval finds out how many fit."""
 CONCURRENT = 16
 """Requests that a server has at a time."""
+ASKED = 30.0
+"""Seconds that a server may take to say which models it serves."""
 _ALL = 1 << 30
 
 
@@ -103,8 +105,9 @@ def served(url: str, checkpoint: Checkpoint, limit: int | None) -> Any:
         UsageError: it serves several models, none of that name.
     """
     base = url.rstrip("/")
+    name = served_name(Target(base, checkpoint.name, ASKED, api_key()))
     lm = LocalCompletionsAPI(
-        f"{base}/completions", tokenizer_backend=None, model=served_name(Target(base, checkpoint.name, key=api_key())),
+        f"{base}/completions", tokenizer_backend=None, model=name,
         num_concurrent=CONCURRENT, max_length=limit or 2048,
     )  # fmt: skip
     # It would load the tokenizer by the checkpoint's model type, which may be one of ours.
