@@ -34,9 +34,8 @@ def expertcut(*arguments: object) -> None:
     with subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL) as process:
         try:
             code = process.wait()
-        except (
-            KeyboardInterrupt
-        ):  # which it gets as well: `subprocess.run` would kill it before it has ended its servers
+        except KeyboardInterrupt:
+            # The command gets it as well; `subprocess.run` would kill it before it has ended its servers.
             code = process.wait()
     if code:
         sys.exit(code)

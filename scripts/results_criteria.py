@@ -19,6 +19,7 @@ from expertcut.choose.budget import Bounds
 from expertcut.choose.criteria import CRITERIA, NAEE
 from expertcut.choose.make import Request
 from expertcut.choose.plan import LayerPlan
+from expertcut.cli.searching import GENERATIONS
 from expertcut.measure.arithmetic import arithmetic_accuracy, arithmetic_items
 from expertcut.measure.intervals import Estimate
 from expertcut.measure.objective import Objective
@@ -31,8 +32,6 @@ DROPPED = (0.25, 0.5)
 PATTERNS = ("first", "last")
 """Criteria without a row: `odd` and `even` stand for the patterns."""
 AUTO, BEST, SPREAD, BESIDE = "auto", "best of the criteria", "the best, `--budget global`", "reap"
-GENERATIONS = 5
-"""What `--strategy auto` lets the criteria's plans evolve for."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,8 @@ def run(subject: Subject, seed: int, share: float, select: CalibrationSet, repor
         scratch: Path, items: int) -> Run:  # fmt: skip
     """Plans by every criterion from one draw of calibration text, measured on the report half."""
     data = subject.text(subject.calibration, tokens, seed)
-    profile = subject.profile(data, scratch / f"{subject.folder.name}-{seed}-{share}")
+    folder = scratch / f"{subject.folder.name}-{seed}"
+    profile = Profile.load(folder) if folder.exists() else subject.profile(data, folder)
     plans = {
         name: make_plan(subject.checkpoint, subject.geometry, strategy=name, keep=1 - share, profile=profile, seed=seed)
         for name in CRITERIA if name not in PATTERNS

@@ -15,8 +15,8 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
-from math import prod
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from expertcut.checkpoint import DTYPE_BITS, Checkpoint, TensorInfo, build_header, open_checkpoint, read_bytes
@@ -28,6 +28,7 @@ from expertcut.measure.cost_traffic import Load, tally
 from expertcut.model import Geometry, read_geometry
 from expertcut.model.geometry import Edit, ExpertTensor
 from expertcut.rewrite.config import config_bytes, edit_config
+from expertcut.rewrite.layout import pack
 
 WIDTH = "moe_intermediate_size"
 AXIS = {"gate_proj.weight": 0, "up_proj.weight": 0, "down_proj.weight": 1}
@@ -50,21 +51,21 @@ def widen(source: Checkpoint, geometry: Geometry, out: Path, factor: int, shard:
         raise UsageError(f"--factor {factor}: expected 2 or more")
     if out.exists():
         raise DestinationError(f"{out}: exists", "name a new directory")
-    shapes = _shapes(source, geometry, factor)
+    tensors = _widened(source, geometry, factor)
     config = edit_config(source.config, [_edit(source, geometry, factor)])
-    groups = list(_shards(source, shapes, shard))
+    groups = list(pack(tensors.values(), shard))
     part = out.with_name(f".{out.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     names: dict[str, str] = {}
     for number, group in enumerate(groups, 1):
         file = f"model-{number:05}-of-{len(groups):05}.safetensors"
-        _write(part / file, source, group, shapes)
+        _write(part / file, source, group)
         names |= dict.fromkeys((tensor.name for tensor in group), file)
     for companion in source.companions:
         (part / companion).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source.path / companion, part / companion)
-    total = sum(_nbytes(tensor, shapes) for tensor in source.tensors.values())
+    total = sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(names.items()))}
     (part / "config.json").write_bytes(config_bytes(config))
     (part / INDEX).write_text(json.dumps(index, indent=2) + "\n")
@@ -84,8 +85,8 @@ def read_share(work: ModelCost, clients: int) -> float:
     return float(experts / (experts + step.dense_nbytes[0]))
 
 
-def _shapes(source: Checkpoint, geometry: Geometry, factor: int) -> dict[str, tuple[int, ...]]:
-    """The new shape of every tensor that grows."""
+def _widened(source: Checkpoint, geometry: Geometry, factor: int) -> Mapping[str, TensorInfo]:
+    """The twin's tensors, in the source's order: as they are, or of another shape and size."""
     found = {}
     for name, tensor in source.tensors.items():
         role, shared = geometry.roles[name], SHARED.search(name)
@@ -96,17 +97,18 @@ def _shapes(source: Checkpoint, geometry: Geometry, factor: int) -> dict[str, tu
     for block in geometry.blocks.values():
         if found.keys().isdisjoint(block.tensors):
             raise CheckpointError(f"{block.prefix}: its experts share tensors, expected one for each projection")
-    return found
+    return source.tensors | found
 
 
-def _grown(tensor: TensorInfo, part: str, width: int, factor: int) -> tuple[int, ...]:
+def _grown(tensor: TensorInfo, part: str, width: int, factor: int) -> TensorInfo:
     axis = AXIS.get(part)
     if axis is None or len(tensor.shape) != 2 or tensor.shape[axis] % width or DTYPE_BITS[tensor.dtype] < 16:
         raise CheckpointError(
             f"{tensor.name}: {tensor.dtype} {list(tensor.shape)}, expected one of {', '.join(AXIS)}, "
             f"unquantised and {width} wide"
         )
-    return tuple(size * (factor if at == axis else 1) for at, size in enumerate(tensor.shape))
+    shape = tuple(size * (factor if at == axis else 1) for at, size in enumerate(tensor.shape))
+    return replace(tensor, shape=shape, end=tensor.start + factor * tensor.nbytes)
 
 
 def _edit(source: Checkpoint, geometry: Geometry, factor: int) -> Edit:
@@ -121,28 +123,13 @@ def _edit(source: Checkpoint, geometry: Geometry, factor: int) -> Edit:
     return Edit(path, geometry.expert_width, factor * geometry.expert_width)
 
 
-def _nbytes(tensor: TensorInfo, shapes: dict[str, tuple[int, ...]]) -> int:
-    return prod(shapes.get(tensor.name, tensor.shape)) * DTYPE_BITS[tensor.dtype] // 8
-
-
-def _shards(source: Checkpoint, shapes: dict[str, tuple[int, ...]], most: int) -> Iterator[list[TensorInfo]]:
-    """Tensors in the source's order, in groups of at most so many bytes, or of one tensor."""
-    group: list[TensorInfo] = []
-    for tensor in source.tensors.values():
-        if group and sum(_nbytes(t, shapes) for t in [*group, tensor]) > most:
-            yield group
-            group = []
-        group.append(tensor)
-    yield group
-
-
-def _write(path: Path, source: Checkpoint, group: Sequence[TensorInfo], shapes: dict[str, tuple[int, ...]]) -> None:
-    entries = ((t.name, t.dtype, shapes.get(t.name, t.shape), _nbytes(t, shapes)) for t in group)
+def _write(path: Path, source: Checkpoint, group: Sequence[TensorInfo]) -> None:
+    entries = ((t.name, t.dtype, t.shape, t.nbytes) for t in group)
     with path.open("wb") as file:
         file.write(build_header(entries, {"format": "pt"}))
         for tensor in group:
-            raw = read_bytes(source, tensor.name)
-            file.write(_padded(raw, tensor.shape, shapes[tensor.name]) if tensor.name in shapes else raw)
+            raw, old = read_bytes(source, tensor.name), source.tensors[tensor.name].shape
+            file.write(raw if tensor.shape == old else _padded(raw, old, tensor.shape))
 
 
 def _padded(raw: bytes, old: Sequence[int], new: Sequence[int]) -> bytes:

@@ -36,22 +36,21 @@ def widened(script: Any, source: Path, out: Path) -> Path:
     return out
 
 
-@pytest.mark.parametrize("name", WIDENED)
-def test_a_twin_computes_what_its_model_does(
-    name: str, script: Any, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    source = tiny_model(name, tmp_path_factory)
-    twin = widened(script, source, tmp_path / "twin")
+@pytest.fixture(scope="module", params=WIDENED)
+def pair(request: pytest.FixtureRequest, script: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A model and its twin."""
+    source = tiny_model(request.param, tmp_path_factory)
+    return source, widened(script, source, tmp_path_factory.mktemp("widened") / "twin")
+
+
+def test_a_twin_computes_what_its_model_does(pair: tuple[Path, Path]) -> None:
+    source, twin = pair
     expected = logits(load(source), IDS)
     torch.testing.assert_close(logits(load(twin), IDS), expected, rtol=0, atol=1e-5 * float(expected.std()))
 
 
-@pytest.mark.parametrize("name", WIDENED)
-def test_a_twin_differs_by_zeros_and_one_number(
-    name: str, script: Any, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    source = tiny_model(name, tmp_path_factory)
-    twin = widened(script, source, tmp_path / "twin")
+def test_a_twin_differs_by_zeros_and_one_number(pair: tuple[Path, Path]) -> None:
+    source, twin = pair
     before, after = (json.loads((folder / "config.json").read_text()) for folder in (source, twin))
     scope = before.get("text_config", before)
     width = scope["moe_intermediate_size"]

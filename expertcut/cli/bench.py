@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from expertcut.cli.common import Output, output
+from expertcut.cli.common import Output, draw, output
 from expertcut.cli.loading import LOG, USUAL_ENGINE, USUAL_LOAD, EngineOptions, LoadOptions, Prepared, prepare
 from expertcut.cli.options import Json, Seed, flat
-from expertcut.errors import RuntimeLintError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -57,12 +56,17 @@ def bench(
       expertcut bench MODEL --top-k 8,6,4 --engine-args '--dtype bfloat16' -o load
       expertcut bench OUT --engine http://localhost:8000/v1 -o load
     """
+    from expertcut.measure.bench import save_csv
+    from expertcut.measure.bench_plot import save_plot
+
     out = output(ctx, as_json)
     prepared = prepare(models, top_k, load, engine, seed, out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     (out_dir / LOG).unlink(missing_ok=True)
     found = _measure(out, prepared, load.rounds, out_dir)
-    _draw(out, found, out_dir)
+    save_csv(out_dir / "bench.csv", found.rows)
+    title = f"{found.rows[0].model} in {found.engine}"
+    draw(out, out_dir / "bench.png", lambda path: save_plot(path, found.rows, title))
     for warning in _warnings(found.rows):
         out.warn(warning)
     out.finish(
@@ -99,17 +103,6 @@ def _measure(out: Output, prepared: Prepared, rounds: int, out_dir: Path) -> Ben
         if samples:
             out.note(f"kept: {len(samples)} runs in {out_dir / FILE}, marked as incomplete")
         raise
-
-
-def _draw(out: Output, found: Bench, out_dir: Path) -> None:
-    from expertcut.measure.bench import save_csv
-    from expertcut.measure.bench_plot import save_plot
-
-    save_csv(out_dir / "bench.csv", found.rows)
-    try:
-        save_plot(out_dir / "bench.png", found.rows, f"{found.rows[0].model} in {found.engine}")
-    except RuntimeLintError as error:
-        out.note(f"no bench.png: {error.message}; {error.hint}")
 
 
 def _warnings(rows: Sequence[Row]) -> list[str]:

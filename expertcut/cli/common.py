@@ -14,7 +14,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Self
 
@@ -151,6 +151,14 @@ def output(ctx: typer.Context, as_json: bool) -> Output:
     if as_json:
         out.only_json()
     return out
+
+
+def draw(out: Output, path: Path, save: Callable[[Path], None]) -> None:
+    """Draw a picture if matplotlib is installed, else say that there is none."""
+    try:
+        save(path)
+    except errors.RuntimeLintError as error:
+        out.note(f"no {path.name}: {error.message}; {error.hint}")
 
 
 def numbers(option: str, text: str | None) -> list[int]:

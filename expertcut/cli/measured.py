@@ -82,13 +82,14 @@ def refine(
 ) -> Refined:  # fmt: skip
     """Choose among candidates, search the top-k and fit the gains that the options ask for; else the plan as it is."""
     plan = next(iter(candidates.values()))
-    if not (searches(choice, measured) or limits or measured.gain):
+    wanted = searches(choice, measured)
+    if not (wanted or limits or measured.gain):
         return Refined(plan)
     bounds = spread_bounds(geometry, plan, measured)
     texts = _texts(out, checkpoint, geometry, plan, choice, measured, limits, forward)
     members: dict[str, Any] = {}
     parts: list[RenderableType] = []
-    if searches(choice, measured):
+    if wanted:
         from expertcut.choose import parse_domain_weights
         from expertcut.cli.searching import search
         from expertcut.measure.objective import Objective

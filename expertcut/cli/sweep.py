@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from expertcut.cli.common import Output, numbers, output
+from expertcut.cli.common import Output, draw, numbers, output
 from expertcut.cli.options import AS_IT_COMES, Forward, Json, Model, Revision, Seed, SeqLen, Tokens, flat
 from expertcut.errors import UsageError
 
@@ -98,17 +98,14 @@ def _save(out: Output, out_dir: Path, facts: dict[str, Any], curve: list[Point])
     import json
     from dataclasses import asdict
 
-    from expertcut.errors import RuntimeLintError
     from expertcut.measure.sweep import save_csv, save_plot
 
     document = facts | {"points": [asdict(point) for point in curve]}
     out_dir.mkdir(parents=True, exist_ok=True)
     save_csv(out_dir / "sweep.csv", curve)
     (out_dir / "sweep.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    try:
-        save_plot(out_dir / "sweep.png", curve, f"{facts['model']}: what fewer experts cost")
-    except RuntimeLintError as error:
-        out.note(f"no sweep.png: {error.message}; {error.hint}")
+    title = f"{facts['model']}: what fewer experts cost"
+    draw(out, out_dir / "sweep.png", lambda path: save_plot(path, curve, title))
     out.finish({"out": str(out_dir), **document}, _table(curve), "", f"written: {out_dir}")
 
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from expertcut.errors import RuntimeLintError
 from expertcut.measure.bench import Row
+from expertcut.measure.figures import new_figure
 
 
 def save_plot(path: Path, rows: Sequence[Row], title: str) -> None:
@@ -16,12 +16,7 @@ def save_plot(path: Path, rows: Sequence[Row], title: str) -> None:
     Raises:
         RuntimeLintError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise RuntimeLintError("a picture needs matplotlib", "pip install 'expertcut[report]'") from error
-    figure = Figure(figsize=(11, 5), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure, (left, right) = new_figure(width=11, columns=2)
     lengths = {(row.input_len, row.output_len) for row in rows}
     for name, length in dict.fromkeys((row.variant, (row.input_len, row.output_len)) for row in rows):
         line = sorted(

@@ -13,7 +13,8 @@ from expertcut.checkpoint.types import Checkpoint
 from expertcut.choose.criteria import get_criterion
 from expertcut.choose.make import make_plan
 from expertcut.choose.plan import Plan
-from expertcut.errors import PlanError, ProfileError, RuntimeLintError, UsageError
+from expertcut.errors import PlanError, ProfileError, UsageError
+from expertcut.measure.figures import new_figure
 from expertcut.measure.quality import WhatIf
 from expertcut.model import Geometry
 
@@ -111,12 +112,7 @@ def save_plot(path: Path, curve: Sequence[Point], title: str) -> None:
     Raises:
         RuntimeLintError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise RuntimeLintError("a picture needs matplotlib", "pip install 'expertcut[report]'") from error
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.add_subplot()
+    figure, (axes,) = new_figure()
     unit, name = (1e9, "GB") if max(point.nbytes for point in curve) >= 1e9 else (1e6, "MB")
     for strategy, k in dict.fromkeys((point.strategy, point.top_k) for point in curve):
         line = sorted((p for p in curve if (p.strategy, p.top_k) == (strategy, k)), key=lambda p: p.nbytes)

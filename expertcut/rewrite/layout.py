@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 from expertcut.checkpoint import DTYPE_BITS, Checkpoint, TensorInfo, build_header, load_json, read_array
 from expertcut.checkpoint.local import INDEX, SINGLE
@@ -300,9 +300,12 @@ def _packed(tensors: Iterable[OutTensor], max_shard_size: int) -> tuple[OutShard
     return tuple(_shard(_shard_name(i, len(groups)), group) for i, group in enumerate(groups))
 
 
-def pack(tensors: Iterable[OutTensor], max_shard_size: int) -> Iterator[list[OutTensor]]:
+_Sized = TypeVar("_Sized", OutTensor, TensorInfo)
+
+
+def pack(tensors: Iterable[_Sized], max_shard_size: int) -> Iterator[list[_Sized]]:
     """Fill shards in order, each up to `max_shard_size` bytes; a larger tensor gets a shard of its own."""
-    group: list[OutTensor] = []
+    group: list[_Sized] = []
     filled = 0
     for tensor in tensors:
         if group and filled + tensor.nbytes > max_shard_size:
