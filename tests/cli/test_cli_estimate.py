@@ -30,7 +30,7 @@ pytest_plugins = ("command_line",)
 def test_json_is_what_the_function_says(cli: Cli, demo_model: Path, profiled: Path, planned: Path) -> None:
     args = ("--hardware", "rtx4090x2", "--concurrency", "1,8", "--profile", profiled, "--plan", planned)
     ran = cli("estimate", demo_model, *args, "--input-len", 64, "--output-len", 32, "--json")
-    assert ran.err == "the constants of rtx4090 are guessed, not fitted to any measurement: see --fit\n"
+    assert ran.err == "the constants of rtx4090 are guessed, fitted to no measurement: see expertcut estimate --fit\n"
     document, checkpoint = ran.document, open_checkpoint(demo_model)
     assert (document["routing"], document["hardware"]["count"]) == ("profile", 2)
     expected = [
