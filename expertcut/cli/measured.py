@@ -85,7 +85,7 @@ def refine(
     if not (searches(choice, measured) or limits or measured.gain):
         return Refined(plan)
     bounds = spread_bounds(geometry, plan, measured)
-    texts = _texts(out, checkpoint, geometry, plan, choice, measured, limits, forward)
+    texts = read_texts(out, checkpoint, geometry, plan, choice, measured, limits, forward)
     members: dict[str, Any] = {}
     parts: list[RenderableType] = []
     if searches(choice, measured):
@@ -99,7 +99,7 @@ def refine(
         found = search(
             out, checkpoint, geometry, candidates, choice, measured, objective, bounds, select_on, report_on, forward
         )  # fmt: skip
-        plan, members, parts = _noted(found.plan, texts.facts | found.facts), found.members, found.parts
+        plan, members, parts = noted(found.plan, texts.facts | found.facts), found.members, found.parts
         texts = replace(texts, judge_on=select_on)
     if limits:
         last = _search_top_k(out, checkpoint, geometry, plan, choice, limits, texts, forward)
@@ -111,7 +111,7 @@ def refine(
 
 
 def _fit_gain(
-    out: Output, checkpoint: Checkpoint, geometry: Geometry, plan: Plan, texts: _Texts, forward: Forward
+    out: Output, checkpoint: Checkpoint, geometry: Geometry, plan: Plan, texts: Texts, forward: Forward
 ) -> Refined:
     from expertcut.calibrate.run import ProfileOptions
     from expertcut.measure.gain import gain_plans
@@ -128,7 +128,7 @@ def _fit_gain(
 
 def _search_top_k(
     out: Output, checkpoint: Checkpoint, geometry: Geometry, plan: Plan, choice: Choice, limits: list[Limit],
-    texts: _Texts, forward: Forward,
+    texts: Texts, forward: Forward,
 ) -> Refined:  # fmt: skip
     from expertcut.calibrate.profile import Profile
     from expertcut.calibrate.run import ProfileOptions
@@ -154,7 +154,7 @@ def _search_top_k(
 
 
 @dataclass(frozen=True)
-class _Texts:
+class Texts:
     """What gains are fitted on, and what they and limits are judged on."""
 
     fit_on: CalibrationSet | None
@@ -163,10 +163,11 @@ class _Texts:
     """For the plan's provenance: sketches of both, so that later measurements know them."""
 
 
-def _texts(
+def read_texts(
     out: Output, checkpoint: Checkpoint, geometry: Geometry, plan: Plan, choice: Choice, measured: Measured,
     limits: list[Limit], forward: Forward,
-) -> _Texts:  # fmt: skip
+) -> Texts:  # fmt: skip
+    """Read what gains are fitted on and what they and limits are judged on; refuses text that a plan has seen."""
     from expertcut.calibrate.overlap import check_overlap
     from expertcut.cli.text import read_text, refuse_seen
     from expertcut.measure.gate import check_limits
@@ -195,7 +196,7 @@ def _texts(
         for warning in check_overlap(judge_on, tokenizer.fingerprint, {"--calibration": sketch}):
             out.warn(warning)
         facts["gain_text"] = str(sketch.thinned())
-    return _Texts(fit_on, judge_on, facts)
+    return Texts(fit_on, judge_on, facts)
 
 
 def _refined(plan: Plan, gained: Gained | None, found: WhatIf, facts: dict[str, Any]) -> Refined:
@@ -212,10 +213,11 @@ def _refined(plan: Plan, gained: Gained | None, found: WhatIf, facts: dict[str, 
             parts = ["", "gain: none kept, held-out text does not show that one helps"]
         else:
             parts = ["", f"gain: {gained.kept}, loss {between(change)} nats per token beside the plan without"]
-    return Refined(_noted(plan, facts), members, parts)
+    return Refined(noted(plan, facts), members, parts)
 
 
-def _noted(plan: Plan, facts: dict[str, Any]) -> Plan:
+def noted(plan: Plan, facts: dict[str, Any]) -> Plan:
+    """Return a plan with more in its provenance."""
     return plan.model_copy(update={"provenance": plan.provenance | facts})
 
 

@@ -273,7 +273,7 @@ class Choice:
             metavar="N",
             min=1,
             rich_help_panel=BUDGET,
-            help="With --fit: devices that share the weights. Default: 1.",
+            help="With --fit: devices that share the weights, default 1. With --goal: those that share attention.",
         ),
     ] = None
     drop_mtp: Annotated[
