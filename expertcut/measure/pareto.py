@@ -125,7 +125,7 @@ def front(points: Sequence[tuple[float, float]]) -> list[bool]:
 
 
 def save_front(path: Path, curve: Sequence[Rated], title: str) -> None:
-    """Draw the change of the loss over the gain in throughput, the front as a line.
+    """Draw the change of the loss over the gain in throughput, the front as steps.
 
     Raises:
         RuntimeLintError: matplotlib is not installed.
@@ -137,7 +137,14 @@ def save_front(path: Path, curve: Sequence[Rated], title: str) -> None:
         axes.errorbar([100 * (p.gain or 0) for p in some], [p.change for p in some], yerr=ends(some), label=strategy,
                       marker="o", markersize=4, capsize=3, linestyle="none")  # fmt: skip
     best = sorted((100 * (p.gain or 0), p.change) for p in known if p.front)
-    axes.plot([gain for gain, _ in best], [change for _, change in best], color="black", linewidth=1, label="front")
+    axes.plot(
+        [gain for gain, _ in best],
+        [change for _, change in best],
+        color="black",
+        linewidth=1,
+        label="front",
+        drawstyle="steps-pre",
+    )  # the least loss at that gain or a higher one
     axes.axhline(0, color="grey", linewidth=0.8)
     axes.axvline(0, color="grey", linewidth=0.8)
     axes.set(title=title, xlabel="gain in throughput, %", ylabel="change of the held-out loss, nats per token")
