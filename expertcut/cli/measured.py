@@ -61,7 +61,7 @@ def check_measured(choice: Choice, measured: Measured) -> list[Limit]:
             f"--top-k {AUTO} needs --max-loss and --data", "for example --max-loss 'nll<=1%' --data heldout.jsonl"
         )
     if measured.max_loss and choice.top_k != AUTO:
-        raise UsageError(f"--max-loss has an effect with --top-k {AUTO} only")
+        raise UsageError(f"--max-loss has an effect with --goal and with --top-k {AUTO} only")
     if measured.gain and not measured.calibration:
         raise UsageError("--gain needs --calibration", "for example --calibration general, with --data for other text")
     check_walk(choice, measured)

@@ -43,7 +43,7 @@ from expertcut.model import Geometry, read_geometry
 )
 def test_goals(text: str, metric: str, ratio: float) -> None:
     goal = Goal.parse(text)
-    assert (goal.metric, goal.ratio) == (metric, pytest.approx(ratio))
+    assert goal.metric == metric and goal.ratio == pytest.approx(ratio)
     assert Goal.parse(str(goal)).ratio == pytest.approx(ratio)
     assert goal.reached(goal.ratio) and not goal.reached(1.0) and goal.gain(goal.ratio) > 0
 
