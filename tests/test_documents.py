@@ -28,7 +28,9 @@ def commands_in_documents() -> dict[str, set[str]]:
     return used
 
 
-COMMANDS = ("inspect", "profile", "merge", "show", "plan", "prune", "verify", "eval", "sweep", "estimate", "demo")
+COMMANDS = (
+    "inspect", "profile", "merge", "show", "plan", "prune", "verify", "eval", "sweep", "bench", "estimate", "demo"
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from expertcut import __version__
+from expertcut.cli.bench import bench
 from expertcut.cli.common import INTERRUPTED, Output, exit_code
 from expertcut.cli.demo import demo
 from expertcut.cli.estimate import estimate
@@ -28,7 +29,7 @@ from expertcut.errors import ExpertcutError
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "inspect": inspect, "profile": profile, "merge": merge, "show": show, "plan": plan, "prune": prune,
-    "verify": verify, "eval": evaluate, "sweep": sweep, "estimate": estimate, "demo": demo,
+    "verify": verify, "eval": evaluate, "sweep": sweep, "bench": bench, "estimate": estimate, "demo": demo,
 }  # fmt: skip
 # Wherever the installed typer keeps click: the base of BadParameter is UsageError, whose base is ClickException.
 _CLICK_ERROR: type[Exception] = typer.BadParameter.__mro__[2]

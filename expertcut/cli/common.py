@@ -153,6 +153,20 @@ def output(ctx: typer.Context, as_json: bool) -> Output:
     return out
 
 
+def numbers(option: str, text: str | None) -> list[int]:
+    """Return whole numbers between commas, each once; none of no text.
+
+    Raises:
+        UsageError: they are none.
+    """
+    parts = [part.strip() for part in text.split(",")] if text is not None else []
+    if not all(part.isascii() and part.isdecimal() and int(part) for part in parts):
+        raise errors.UsageError(
+            f"{option} {text}: expected whole numbers of 1 or more, between commas", f"{option} 64,48"
+        )
+    return list(dict.fromkeys(map(int, parts)))
+
+
 def console(stream: IO[str]) -> Console:
     """Open a rich console: the terminal's width, or so wide that nothing is wrapped."""
     from rich.console import Console

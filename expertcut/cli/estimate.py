@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from expertcut.cli.common import Output, output
+from expertcut.cli.common import Output, numbers, output
 from expertcut.cli.options import LOADS, Json, Model, Revision, Services, Shards, flat
 
 if TYPE_CHECKING:
@@ -74,13 +74,12 @@ def estimate(
     from expertcut.calibrate.profile import Profile
     from expertcut.checkpoint import open_checkpoint
     from expertcut.cli.service import loads_of, machine_of
-    from expertcut.cli.sweep import numbers_of
     from expertcut.measure.cost import predict_all
     from expertcut.model import read_geometry
 
     out = output(ctx, as_json)
     machine, loads = machine_of(service, tp), loads_of(service)
-    counts, tops = numbers_of("--experts", experts), numbers_of("--top-k", top_k)
+    counts, tops = numbers("--experts", experts), numbers("--top-k", top_k)
     checkpoint = open_checkpoint(model, revision)
     geometry = read_geometry(checkpoint)
     known = Profile.load(profile) if profile is not None else None

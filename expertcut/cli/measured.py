@@ -68,7 +68,7 @@ def check_measured(choice: Choice, measured: Measured) -> list[Limit]:
     runs = walks(choice, measured)
     if measured.calibration and not measured.gain and not runs:
         raise UsageError(f"--calibration has an effect with --gain, --sequential and --strategy {NAEE} only")
-    unused = measured.data if runs else measured != UNMEASURED
+    unused = measured.data if runs else replace(measured, evolve=None) != UNMEASURED
     if choice.top_k != AUTO and not measured.gain and not options and unused:
         raise UsageError(
             f"--data, --tokens and --seq-len have an effect with --gain, --evolve, --budget {GLOBAL} and {AUTO} only"

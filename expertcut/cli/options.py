@@ -310,15 +310,16 @@ class Measured:
         ),
     ] = "nll"
     evolve: Annotated[
-        int,
+        int | None,
         typer.Option(
             "--evolve",
             metavar="N",
             min=0,
             rich_help_panel=MEASURED,
-            help="Let the chosen experts evolve over so many generations, judged on --data.",
+            show_default=False,
+            help="Let the choice evolve over so many generations, judged on --data. Default: 5 with auto, else 0.",
         ),
-    ] = 0
+    ] = None
     budget: Annotated[
         str,
         typer.Option(

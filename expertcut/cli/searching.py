@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 GLOBAL = "global"
 """The budget that is spread over the layers."""
+GENERATIONS = 5
+"""Of evolution from the best of all criteria."""
 CONTROLS = 3
 """Random plans that are measured beside the chosen one."""
 SPREAD = "spread over the layers"
@@ -47,9 +49,14 @@ class Found:
     parts: list[RenderableType]
 
 
+def generations(choice: Choice, measured: Measured) -> int:
+    """Return for how many generations candidates evolve."""
+    return measured.evolve if measured.evolve is not None else GENERATIONS * (choice.strategy == AUTO)
+
+
 def searches(choice: Choice, measured: Measured) -> list[str]:
     """Return the options given that need candidates to be measured; none if nothing is searched for."""
-    given = {f"--strategy {AUTO}": choice.strategy == AUTO, "--evolve": measured.evolve > 0,
+    given = {f"--strategy {AUTO}": choice.strategy == AUTO, "--evolve": bool(measured.evolve),
              f"--budget {GLOBAL}": measured.budget == GLOBAL}  # fmt: skip
     return [option for option, is_given in given.items() if is_given]
 
@@ -132,9 +139,9 @@ def search(
         if bounds is not None:
             ranked = _spread(out, checkpoint, geometry, choice, ranked, bounds, select, objective)
         starts = [one.name for one in ranked]
-        if measured.evolve:
+        if evolves := generations(choice, measured):
             ranked = evolve(
-                ranked, select, objective, measured.evolve, geometry, seed=choice.seed, bounds=bounds,
+                ranked, select, objective, evolves, geometry, seed=choice.seed, bounds=bounds,
                 protected=parse_protect(choice.protect or (), geometry),
                 tell=lambda number, best: out.note(f"generation {number}: {best.loss:.4f} by {best.name}"),
             )  # fmt: skip
@@ -149,7 +156,7 @@ def search(
         report = judge_with(checkpoint, geometry, report_on, options, notify=out.note, advance=advance)(shown)
     facts: dict[str, Any] = {
         "criterion": best.plan.provenance["criterion"] if best.name in starts else f"evolved from {', '.join(starts)}",
-        "searched": {"by": objective.by, "generations": measured.evolve, "loss": best.loss},
+        "searched": {"by": objective.by, "generations": evolves, "loss": best.loss},
     }
     members = {
         "searched": {

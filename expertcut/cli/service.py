@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from expertcut.cli.common import Output
+from expertcut.cli.common import Output, numbers
 from expertcut.cli.options import UNSERVED, Service
 from expertcut.errors import UsageError
 
@@ -44,11 +44,10 @@ def loads_of(service: Service) -> list[Load]:
     Raises:
         UsageError: the numbers are none.
     """
-    from expertcut.cli.sweep import numbers_of
     from expertcut.measure.cost_traffic import Load
 
     lengths = service.input_len or LENGTH, service.output_len or LENGTH
-    return [Load(clients, *lengths) for clients in numbers_of("--concurrency", service.concurrency)]
+    return [Load(clients, *lengths) for clients in numbers("--concurrency", service.concurrency)]
 
 
 def load_of(service: Service) -> Load:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from expertcut.cli.common import Output, output
+from expertcut.cli.common import Output, numbers, output
 from expertcut.cli.options import (
     AS_IT_COMES,
     SERVICE,
@@ -100,7 +100,7 @@ def sweep(
     from expertcut.model.summary import nbytes_with
 
     out = output(ctx, as_json)
-    counts, tops = numbers_of("--experts", experts), numbers_of("--top-k", top_k)
+    counts, tops = numbers("--experts", experts), numbers("--top-k", top_k)
     means = _means(mean_top_k, per_layer, profile)
     if not counts and not tops and not means:
         raise UsageError("found neither --experts nor --top-k", "for example --experts 96,64,48 --top-k 8,6")
@@ -179,18 +179,6 @@ def _save(out: Output, out_dir: Path, facts: dict[str, Any], curve: Sequence[Poi
     except RuntimeLintError as error:
         out.note(f"no picture: {error.message}; {error.hint}")
     out.finish({"out": str(out_dir), **document}, _table(curve), "", f"written: {out_dir}")
-
-
-def numbers_of(option: str, text: str | None) -> list[int]:
-    """Return whole numbers between commas, each once.
-
-    Raises:
-        UsageError: something else is there.
-    """
-    parts = [part.strip() for part in text.split(",")] if text is not None else []
-    if not all(part.isascii() and part.isdecimal() and int(part) for part in parts):
-        raise UsageError(f"{option} {text}: expected whole numbers of 1 or more, between commas", f"{option} 64,48")
-    return list(dict.fromkeys(map(int, parts)))
 
 
 def _table(curve: Sequence[Point]) -> Table:

@@ -21,6 +21,8 @@ LEVEL = 0.95
 DRAWS = 10_000
 LEAST = 5
 """Sequences that an interval needs: with fewer, resampling says next to nothing about the spread."""
+_FEW = (12.7062, 4.3027, 3.1824)
+"""Upper quantiles of Student's t for one to three degrees of freedom, at `LEVEL`; `_student` has the others."""
 _SEED = 0
 _BLOCK = 1 << 20
 _NORMAL = NormalDist()
@@ -102,3 +104,17 @@ def _student(freedom: int) -> float:
         + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)
         + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * v**3)
     )
+
+
+def geometric(ratios: Floats) -> Estimate:
+    """Estimate the ratio that paired ratios (R,), all above 0, scatter around: their geometric mean.
+
+    The interval is Student's t of their logarithms, which a few repetitions suffice for; None if there is but one.
+    """
+    logs, count = np.log(ratios), len(ratios)
+    centre = float(logs.mean())
+    if count < 2:
+        return Estimate(float(np.exp(centre)), None, None)
+    quantile = _FEW[count - 2] if count - 2 < len(_FEW) else _student(count - 1)
+    half = quantile * float(logs.std(ddof=1)) / count**0.5
+    return Estimate(*(float(np.exp(end)) for end in (centre, centre - half, centre + half)))

@@ -8,9 +8,6 @@ Imported only with lm-eval installed. A streamed model scores given text and wri
 from __future__ import annotations
 
 import importlib.metadata
-import json
-import os
-import urllib.request
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -24,8 +21,9 @@ from expertcut.calibrate.run import resolve_dtype
 from expertcut.calibrate.tokenizer import load_backend
 from expertcut.calibrate.transfer import resolve_device
 from expertcut.checkpoint import Checkpoint
-from expertcut.errors import RuntimeLintError, UsageError
+from expertcut.errors import RuntimeLintError
 from expertcut.measure.continuations import Predicted, Request
+from expertcut.measure.load import Target, api_key, served_name
 from expertcut.measure.quality import BASE
 from expertcut.runtimes.transformers import from_pretrained
 
@@ -106,26 +104,9 @@ def served(url: str, checkpoint: Checkpoint, limit: int | None) -> Any:
     """
     base = url.rstrip("/")
     lm = LocalCompletionsAPI(
-        f"{base}/completions", tokenizer_backend=None, model=_served_name(base, checkpoint.name),
+        f"{base}/completions", tokenizer_backend=None, model=served_name(Target(base, checkpoint.name, key=api_key())),
         num_concurrent=CONCURRENT, max_length=limit or 2048,
     )  # fmt: skip
     # It would load the tokenizer by the checkpoint's model type, which may be one of ours.
     lm.tokenizer, lm.tokenizer_backend, lm.tokenized_requests = load_backend(checkpoint.path), "huggingface", True
     return lm
-
-
-def _served_name(base: str, wanted: str) -> str:
-    """What the server calls the checkpoint."""
-    request = urllib.request.Request(f"{base}/models")
-    if key := os.environ.get("OPENAI_API_KEY"):
-        request.add_header("Authorization", f"Bearer {key}")
-    try:
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            names = [model["id"] for model in json.load(answer)["data"]]
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise RuntimeLintError(
-            f"{base}/models: no list of models: {error}", "--engine takes a URL such as http://localhost:8000/v1"
-        ) from error
-    if wanted not in names and len(names) != 1:
-        raise UsageError(f"{base} serves {', '.join(names) or 'nothing'}, but no {wanted}", "name MODEL as it does")
-    return wanted if wanted in names else str(names[0])

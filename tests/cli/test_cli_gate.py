@@ -174,14 +174,40 @@ def test_the_best_of_all_criteria_and_what_evolves_from_them(
     assert "was chosen by how it does on" in cli("eval", demo_model, "--plan", plan, *DATA).err
 
 
+def test_a_budget_spread_over_the_layers(cli: Cli, demo_model: Path, profiled: Path, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    options = ("--strategy", "energy", "--keep", 0.5, "--budget", "global", "--per-layer", "--floor", 10)
+    ran = cli("plan", demo_model, "--profile", profiled, *options, *DATA, "-o", plan, "--json")
+    made = Plan.load(plan)
+    kept = [len(entry.kept) for entry in made.layers.values()]
+    assert sum(kept) <= 4 * 16 and min(kept) >= 10 and len(set(kept)) > 1
+    tried = {one["name"]: one["loss"] for one in ran.document["searched"]["candidates"]}
+    assert tried["energy, spread over the layers"] < tried["energy"]
+    facts = json.loads(plan.read_text())["provenance"]
+    assert facts["criterion"] == "energy" and facts["spread"]["floor"] == 10 and facts["spread"]["ceiling"] == 32
+    assert "differ" in json.dumps(ran.document["lint"]), "stock runtimes refuse it, and the lint says so"
+    assert cli("prune", demo_model, tmp_path / "out", "--plan", plan).code == 0
+    failed = cli("prune", demo_model, tmp_path / "no", "--plan", plan, "--gate", "nll<=0.01%", *DATA)
+    assert failed.code == 5 and "the plan's layers keep different numbers of experts" in failed.err
+
+
 @pytest.mark.parametrize(
     ("options", "what"),
     [
+        (["--strategy", "odd", "--keep", "0.5", "--budget", "global"], "--budget global needs --data"),
+        (["--strategy", "odd", "--keep", "0.5", "--budget", "global", *DATA], "say so with --per-layer"),
+        (["--strategy", "odd", "--keep", "0.5", "--budget", "local", *DATA], "--budget local: unknown; known: uniform"),
+        (["--strategy", "odd", "--keep", "0.5", "--floor", "8"], "--floor and --ceiling have an effect with --budget"),
+        (["--budget", "global", "--top-k", "2", *DATA], "--budget global needs --strategy"),
+        (
+            ["--strategy", "odd", "--keep", "0.5", "--budget", "global", "--per-layer", "--floor", "20", *DATA],
+            "--floor 20",
+        ),
         (["--strategy", "auto", "--keep", "0.5"], "--strategy auto needs --data"),
         (["--strategy", "auto", "--keep", "0.5", *DATA], "--strategy auto needs --profile"),
         (["--strategy", "odd", "--keep", "0.5", "--evolve", "2"], "--evolve needs --data"),
         (["--top-k", "2", "--evolve", "2", *DATA], "--evolve needs --strategy"),
-        (["--strategy", "odd", "--keep", "0.5", "--by", "kl"], "--by has an effect with --strategy auto or --evolve"),
+        (["--strategy", "odd", "--keep", "0.5", "--by", "kl"], "--by has an effect with --strategy auto, --evolve and"),
         (["--strategy", "odd", "--keep", "0.5", "--evolve", "1", "--by", "time", *DATA], "--by time: unknown"),
     ],
 )

@@ -145,7 +145,7 @@ def test_a_gain_that_does_not_help_is_not_kept(cli: Cli, demo_model: Path, tmp_p
         (["--top-k", "2", "--max-loss", "nll<=1%"], "with --top-k auto only"),
         (["--top-k", "2", "--gain"], "--gain needs --calibration"),
         (["--top-k", "2", "--calibration", "builtin"], "with --gain, --sequential and --strategy naee only"),
-        (["--top-k", "2", "--data", "builtin"], "with --gain, --evolve and auto only"),
+        (["--top-k", "2", "--data", "builtin"], "with --gain, --evolve, --budget global and auto only"),
         (["--top-k", "auto", "--max-loss", "speed<=1", "--data", "builtin"], "unknown metric 'speed'"),
     ],
 )

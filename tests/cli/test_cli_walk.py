@@ -51,7 +51,7 @@ def test_a_gain_on_top(cli: Cli, demo_model: Path, tmp_path: Path) -> None:
         (["--strategy", "auto", "--sequential", "--data", "builtin", *TEXT], "--sequential needs one --strategy"),
         (["--strategy", "router-norm", "--sequential", *TEXT], "looks at no data"),
         (["--strategy", "naee", "--protect-super", *TEXT], "leave out --profile, --protect-super"),
-        (["--strategy", "naee", "--data", "builtin", *TEXT], "have an effect with --gain, --evolve and auto only"),
+        (["--strategy", "naee", "--data", "builtin", *TEXT], "with --gain, --evolve, --budget global and auto only"),
     ],
 )
 def test_options_that_do_not_go_together(
