@@ -18,9 +18,10 @@ from expertcut.calibrate.profile import Profile
 from expertcut.choose import Plan, make_plan
 from expertcut.choose.limits import Limit
 from expertcut.choose.plan import gains, numbers
+from expertcut.choose.topk import mean_top_k
 from expertcut.measure.arithmetic import Answers, Item, arithmetic_accuracy, arithmetic_items
 from expertcut.measure.intervals import Estimate
-from expertcut.measure.topk import mean_top_k, search_top_k
+from expertcut.measure.topk import search_top_k
 from expertcut.measure.whatif import evaluate
 
 NLL, POINTS = Limit("nll", 0.005, relative=True), -0.01

@@ -10,11 +10,10 @@ from results_common import OPTIONS, SEEDS, Subject, arguments, out, pooled, say,
 from expertcut.calibrate.data import CalibrationSet
 from expertcut.calibrate.profile import Profile
 from expertcut.choose import Plan, make_plan
-from expertcut.choose.topk import MeanTopK, Schedule, TopK
+from expertcut.choose.topk import MeanTopK, Schedule, TopK, mean_top_k
 from expertcut.measure.gain import fit_gains, with_gains
 from expertcut.measure.intervals import Estimate
 from expertcut.measure.quality import WhatIf
-from expertcut.measure.topk import mean_top_k
 
 SCHEDULES = (
     ("3/4, 1, 1, last", 3 / 4, 1, 1, -1),

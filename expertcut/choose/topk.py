@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from expertcut.choose.plan import Plan, numbers
 from expertcut.errors import UsageError
 from expertcut.model import Geometry
 
@@ -105,6 +106,12 @@ def layer_top_k(
             raise UsageError(f"--top-k {wanted}: expected 1 or more")
         found = [wanted or most] * len(trunk)
     return {block.prefix: k for block, k in zip(trunk, found, strict=True)}
+
+
+def mean_top_k(plan: Plan, geometry: Geometry) -> float:
+    """Return the experts activated per token and MoE layer of the trunk, on average."""
+    found = numbers(plan, geometry).top_k
+    return sum(found[block.layer] for block in geometry.trunk) / len(geometry.trunk)
 
 
 def top_k_loss(stats: LayerStats) -> NDArray[np.float64]:

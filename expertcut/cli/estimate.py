@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from expertcut.cli.common import Output, numbers, output
-from expertcut.cli.options import Json, Model, Revision
+from expertcut.cli.options import LOADS, Json, Model, Revision, Services, Shards, flat
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,28 +27,12 @@ if TYPE_CHECKING:
 VARIANTS, FITTING = "Variants of the model", "Fitting"
 
 
+@flat
 def estimate(
     ctx: typer.Context,
     model: Model,
-    hardware: Annotated[
-        str,
-        typer.Option(
-            "--hardware", metavar="NAMExN|FILE", show_default=False,
-            help="N of a100, a800, h100, h200, b200, mi300x, rtx4090 or cpu, or a file with numbers of one's own.",
-        ),
-    ],
-    concurrency: Annotated[
-        str, typer.Option("--concurrency", metavar="N,…", help="Requests at a time.")
-    ] = "1,8,32,128",
-    input_len: Annotated[int, typer.Option("--input-len", metavar="N", min=1, help="Tokens of a prompt.")] = 1024,
-    output_len: Annotated[int, typer.Option("--output-len", metavar="N", min=1, help="Tokens of an answer.")] = 1024,
-    tp: Annotated[
-        int | None, typer.Option("--tp", metavar="N", min=1, help="Devices that share attention. Default: all.")
-    ] = None,
-    ep: Annotated[
-        int | None,
-        typer.Option("--ep", metavar="N", min=1, help="Devices that whole experts are spread over. Default: sliced."),
-    ] = None,
+    service: Services = LOADS,
+    tp: Shards = None,
     profile: Annotated[
         Path | None,
         typer.Option("--profile", metavar="DIR", show_default=False,
@@ -89,14 +73,12 @@ def estimate(
     """
     from expertcut.calibrate.profile import Profile
     from expertcut.checkpoint import open_checkpoint
+    from expertcut.cli.service import loads_of, machine_of
     from expertcut.measure.cost import predict_all
-    from expertcut.measure.cost_hardware import read_machine
-    from expertcut.measure.cost_traffic import Load
     from expertcut.model import read_geometry
 
     out = output(ctx, as_json)
-    machine = read_machine(hardware, tp=tp, ep=ep)
-    loads = [Load(clients, input_len, output_len) for clients in numbers("--concurrency", concurrency)]
+    machine, loads = machine_of(service, tp), loads_of(service)
     counts, tops = numbers("--experts", experts), numbers("--top-k", top_k)
     checkpoint = open_checkpoint(model, revision)
     geometry = read_geometry(checkpoint)
@@ -129,7 +111,7 @@ def _works(
         if plan.source.fingerprint.geometry != own:
             raise PlanError(f"{path}: made for {plan.source.name}, of another geometry than {checkpoint.name}")
         validate(plan, geometry)
-        works[str(path)] = planned(works["base"], geometry, plan, profile)
+        works[str(path)] = planned(works["base"], geometry, plan)
     for experts, k in product(counts or [geometry.num_experts], tops or [geometry.top_k]):
         if experts > geometry.num_experts or k > experts:
             raise UsageError(f"{experts} of {geometry.num_experts} experts with top-{k}: that many there are not",
@@ -151,12 +133,10 @@ def _finish(
 ) -> None:  # fmt: skip
     from dataclasses import asdict
 
+    from expertcut.cli.service import say_assumptions
     from expertcut.cli.tables import facts, heading
 
-    for note in work.notes:
-        out.note(note)
-    if not machine.fitted:
-        out.note(f"the constants of {machine.name} are guessed, not fitted to any measurement: see --fit")
+    say_assumptions(out, work, machine)
     rows = [{"variant": name, **asdict(one), "why": one.why} for every in found.values() for name, one in every.items()]
     document: dict[str, Any] = {
         "model": checkpoint.public_name, "hardware": machine.model_dump(),

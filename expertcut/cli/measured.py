@@ -61,7 +61,7 @@ def check_measured(choice: Choice, measured: Measured) -> list[Limit]:
             f"--top-k {AUTO} needs --max-loss and --data", "for example --max-loss 'nll<=1%' --data heldout.jsonl"
         )
     if measured.max_loss and choice.top_k != AUTO:
-        raise UsageError(f"--max-loss has an effect with --top-k {AUTO} only")
+        raise UsageError(f"--max-loss has an effect with --goal and with --top-k {AUTO} only")
     if measured.gain and not measured.calibration:
         raise UsageError("--gain needs --calibration", "for example --calibration general, with --data for other text")
     check_walk(choice, measured)
@@ -86,7 +86,7 @@ def refine(
     if not (wanted or limits or measured.gain):
         return Refined(plan)
     bounds = spread_bounds(geometry, plan, measured)
-    texts = _texts(out, checkpoint, geometry, plan, choice, measured, limits, forward)
+    texts = read_texts(out, checkpoint, geometry, plan, choice, measured, limits, forward)
     members: dict[str, Any] = {}
     parts: list[RenderableType] = []
     if wanted:
@@ -100,7 +100,7 @@ def refine(
         found = search(
             out, checkpoint, geometry, candidates, choice, measured, objective, bounds, select_on, report_on, forward
         )  # fmt: skip
-        plan, members, parts = _noted(found.plan, texts.facts | found.facts), found.members, found.parts
+        plan, members, parts = noted(found.plan, texts.facts | found.facts), found.members, found.parts
         texts = replace(texts, judge_on=select_on)
     if limits:
         last = _search_top_k(out, checkpoint, geometry, plan, choice, limits, texts, forward)
@@ -112,7 +112,7 @@ def refine(
 
 
 def _fit_gain(
-    out: Output, checkpoint: Checkpoint, geometry: Geometry, plan: Plan, texts: _Texts, forward: Forward
+    out: Output, checkpoint: Checkpoint, geometry: Geometry, plan: Plan, texts: Texts, forward: Forward
 ) -> Refined:
     from expertcut.calibrate.run import ProfileOptions
     from expertcut.measure.gain import gain_plans
@@ -129,7 +129,7 @@ def _fit_gain(
 
 def _search_top_k(
     out: Output, checkpoint: Checkpoint, geometry: Geometry, plan: Plan, choice: Choice, limits: list[Limit],
-    texts: _Texts, forward: Forward,
+    texts: Texts, forward: Forward,
 ) -> Refined:  # fmt: skip
     from expertcut.calibrate.profile import Profile
     from expertcut.calibrate.run import ProfileOptions
@@ -155,7 +155,7 @@ def _search_top_k(
 
 
 @dataclass(frozen=True)
-class _Texts:
+class Texts:
     """What gains are fitted on, and what they and limits are judged on."""
 
     fit_on: CalibrationSet | None
@@ -164,10 +164,11 @@ class _Texts:
     """For the plan's provenance: sketches of both, so that later measurements know them."""
 
 
-def _texts(
+def read_texts(
     out: Output, checkpoint: Checkpoint, geometry: Geometry, plan: Plan, choice: Choice, measured: Measured,
     limits: list[Limit], forward: Forward,
-) -> _Texts:  # fmt: skip
+) -> Texts:  # fmt: skip
+    """Read what gains are fitted on and what they and limits are judged on; refuses text that a plan has seen."""
     from expertcut.calibrate.overlap import check_overlap
     from expertcut.cli.text import read_text, refuse_seen
     from expertcut.measure.gate import check_limits
@@ -196,7 +197,7 @@ def _texts(
         for warning in check_overlap(judge_on, tokenizer.fingerprint, {"--calibration": sketch}):
             out.warn(warning)
         facts["gain_text"] = str(sketch.thinned())
-    return _Texts(fit_on, judge_on, facts)
+    return Texts(fit_on, judge_on, facts)
 
 
 def _refined(plan: Plan, gained: Gained | None, found: WhatIf, facts: dict[str, Any]) -> Refined:
@@ -213,10 +214,11 @@ def _refined(plan: Plan, gained: Gained | None, found: WhatIf, facts: dict[str, 
             parts = ["", "gain: none kept, held-out text does not show that one helps"]
         else:
             parts = ["", f"gain: {gained.kept}, loss {between(change)} nats per token beside the plan without"]
-    return Refined(_noted(plan, facts), members, parts)
+    return Refined(noted(plan, facts), members, parts)
 
 
-def _noted(plan: Plan, facts: dict[str, Any]) -> Plan:
+def noted(plan: Plan, facts: dict[str, Any]) -> Plan:
+    """Return a plan with more in its provenance."""
     return plan.model_copy(update={"provenance": plan.provenance | facts})
 
 

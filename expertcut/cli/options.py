@@ -12,7 +12,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 BUDGET, CHOICE, RUN = "Budget: exactly one of", "Choice", "Forward pass"
-GATE, MEASURED = "Gate", "Measured while it is made"
+GATE, MEASURED, SERVICE = "Gate", "Measured while it is made", "Speed: hardware and load"
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A checkpoint: a directory, or ORG/NAME on the Hub.", show_default=False)
@@ -56,6 +56,66 @@ class Forward:
     micro_tokens: Annotated[
         int, typer.Option("--micro-tokens", metavar="N", min=1, help="Tokens run at a time.", rich_help_panel=RUN)
     ] = 2048  # fmt: skip
+
+
+Shards = Annotated[
+    int | None,
+    typer.Option(
+        "--tp", metavar="N", min=1, help="Devices that share attention. Default: all.", rich_help_panel=SERVICE
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Service:
+    """The hardware and the load that speed is predicted for, as typed."""
+
+    hardware: Annotated[
+        str | None,
+        typer.Option(
+            "--hardware",
+            metavar="NAMExN|FILE",
+            rich_help_panel=SERVICE,
+            show_default=False,
+            help="N of a100, a800, h100, h200, b200, mi300x, rtx4090 or cpu, or a file with numbers of one's own.",
+        ),
+    ] = None
+    concurrency: Annotated[
+        str | None,
+        typer.Option("--concurrency", metavar="N", help="Requests at a time.", rich_help_panel=SERVICE),
+    ] = None
+    input_len: Annotated[
+        int | None,
+        typer.Option(
+            "--input-len", metavar="N", min=1, help="Tokens of a prompt. Default: 1024.", rich_help_panel=SERVICE
+        ),
+    ] = None
+    output_len: Annotated[
+        int | None,
+        typer.Option(
+            "--output-len", metavar="N", min=1, help="Tokens of an answer. Default: 1024.", rich_help_panel=SERVICE
+        ),
+    ] = None
+    ep: Annotated[
+        int | None,
+        typer.Option(
+            "--ep",
+            metavar="N",
+            min=1,
+            help="Devices that whole experts are spread over. Default: sliced.",
+            rich_help_panel=SERVICE,
+        ),
+    ] = None  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Services(Service):
+    """The same for several loads."""
+
+    concurrency: Annotated[
+        str | None,
+        typer.Option("--concurrency", metavar="N,…", help="Requests at a time.", rich_help_panel=SERVICE),
+    ] = "1,8,32,128"
 
 
 @dataclass(frozen=True)
@@ -207,9 +267,15 @@ class Choice:
         ),
     ] = None
     tp: Annotated[
-        int,
-        typer.Option("--tp", metavar="N", help="With --fit: devices that share the weights.", rich_help_panel=BUDGET),
-    ] = 1
+        int | None,
+        typer.Option(
+            "--tp",
+            metavar="N",
+            min=1,
+            rich_help_panel=BUDGET,
+            help="With --fit: devices that share the weights, default 1. With --goal: those that share attention.",
+        ),
+    ] = None
     drop_mtp: Annotated[
         bool,
         typer.Option(
@@ -230,8 +296,8 @@ class Measured:
             metavar="LIMIT",
             rich_help_panel=MEASURED,
             show_default=False,
-            help="For --top-k auto: nll<=1%, ppl<=5%, kl<=0.05, agreement>=0.9, acceptance>=0.9; with @DOMAIN in one "
-            "domain, with @each in every one. Repeatable.",
+            help="For --top-k auto and --goal: nll<=1%, ppl<=5%, kl<=0.05, agreement>=0.9, acceptance>=0.9; with "
+            "@DOMAIN in one domain, with @each in every one. Repeatable.",
         ),
     ] = None
     by: Annotated[
@@ -325,7 +391,7 @@ class Measured:
 
 
 AS_IT_COMES, POOLED, NO_CHOICE = Forward(), Recorded(), Choice()
-NO_GATE, UNMEASURED = Heldout(), Measured()
+NO_GATE, UNMEASURED, UNSERVED, LOADS = Heldout(), Measured(), Service(), Services()
 
 
 def flat(command: Callable[..., None]) -> Callable[..., None]:

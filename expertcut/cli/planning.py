@@ -47,7 +47,7 @@ def build_plan(
     progress = out.progress("choosing experts", lambda speed: f"{format_size(int(speed))}/s")
     with progress if walk is None else nullcontext(lambda done, total: None) as advance:
         plan = make_plan(
-            checkpoint, geometry, strategy=choice.strategy, experts=choice.experts, drop=choice.drop, tp=choice.tp,
+            checkpoint, geometry, strategy=choice.strategy, experts=choice.experts, drop=choice.drop, tp=choice.tp or 1,
             keep=parse_keep(choice.keep) if choice.keep is not None else None,
             fit=parse_size(choice.fit) if choice.fit is not None else None,
             fit_candidates=fast_expert_counts(subject, geometry.num_experts), top_k=top_k, per_layer=choice.per_layer,

@@ -182,7 +182,7 @@ def _spread(
     best = ranked[0]
 
     def make(experts: int) -> Plan:
-        counted = replace(choice, strategy=best.name, experts=experts, keep=None, drop=None, fit=None, tp=1)
+        counted = replace(choice, strategy=best.name, experts=experts, keep=None, drop=None, fit=None, tp=None)
         return build_plan(checkpoint, geometry, counted, out)
 
     found = spread(make, best.plan.experts, bounds, select, objective, geometry)

@@ -13,16 +13,14 @@ Shapes: R loads, S steps, three a load, L layers with routed experts.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import numpy as np
 
-from expertcut.calibrate.profile import Profile
-from expertcut.checkpoint.types import Checkpoint
 from expertcut.choose.plan import Plan
 from expertcut.measure.cost_hardware import Machine
-from expertcut.measure.cost_model import ModelCost, model_cost, narrowed, planned
+from expertcut.measure.cost_model import ModelCost, planned
 from expertcut.measure.cost_traffic import Load, Traffic, distinct, tally
 from expertcut.model import Geometry
 
@@ -170,8 +168,8 @@ def _regime(
 
     Those are the regimes of arXiv 2505.03531; a fourth is that neither moves anything.
     """
-    fewer = work.routed(lambda chosen: chosen / 2)
-    left = work.routed(lambda chosen: narrowed(chosen, -(-len(chosen) // 2)))
+    fewer = work.routed(lambda moe: replace(moe, chosen=moe.chosen / 2))
+    left = work.routed(lambda moe: moe.narrowed(-(-len(moe.chosen) // 2)))
     own, other = tally(fewer, load), tally(left, load)
     half_top_k, half_experts = (
         float(throughput(changed, step_seconds(changed, work, machine), [load])[0]) / rate - 1
@@ -186,18 +184,15 @@ def _regime(
     return "memory-bound" if nbytes > flops else "compute-bound", half_top_k, half_experts
 
 
-def estimate_plans(
-    checkpoint: Checkpoint, geometry: Geometry, plans: Mapping[str, Plan], profile: Profile | None, machine: Machine,
-    load: Load,
-) -> dict[str, Prediction]:  # fmt: skip
+def predict_plans(
+    work: ModelCost, geometry: Geometry, plans: Mapping[str, Plan], machine: Machine, load: Load
+) -> dict[str, Prediction]:
     """Predict the unchanged model, under the name `base`, and what each plan makes of it; layers may differ.
 
     Raises:
         PlanError: a plan is of another model.
-        ProfileError: the profile is of another model.
     """
-    base = model_cost(checkpoint, geometry, profile)
-    works = {BASE: base} | {name: planned(base, geometry, plan, profile) for name, plan in plans.items()}
+    works = {BASE: work} | {name: planned(work, geometry, plan) for name, plan in plans.items()}
     return predict_all(works, machine, load)
 
 

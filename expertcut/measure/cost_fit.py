@@ -55,7 +55,7 @@ class Measured(BaseModel):
 
     source: str = ""
     """For people; the file's name if it does not say."""
-    rows: Annotated[tuple[Row, ...], Field(min_length=LEAST)]
+    rows: Annotated[tuple[Row, ...], Field(min_length=1)]
 
     @property
     def concurrencies(self) -> list[int]:
@@ -63,11 +63,11 @@ class Measured(BaseModel):
         return sorted({row.concurrency for row in self.rows})
 
 
-def read_measured(path: Path) -> Measured:
+def read_rows(path: Path) -> Measured:
     """Read measured rows from a JSON file, or from `bench.json` in a directory.
 
     Raises:
-        DataError: no such file, not JSON, a field is missing or wrong, or too few rows for five constants.
+        DataError: no such file, not JSON, or a field is missing or wrong.
     """
     path = path / "bench.json" if path.is_dir() else path
     try:
@@ -76,9 +76,21 @@ def read_measured(path: Path) -> Measured:
         raise DataError(f"{path}: {error.strerror}") from error
     except ValidationError as error:
         raise DataError(f"{path}: {first_error(error)}", "the fields are listed in docs/estimate.md") from error
+    return found.model_copy(update={"source": found.source or path.name})
+
+
+def read_measured(path: Path) -> Measured:
+    """Read rows that constants can be fitted to.
+
+    Raises:
+        DataError: see `read_rows`, or too few rows or loads for five constants.
+    """
+    found = read_rows(path)
+    if len(found.rows) < LEAST:
+        raise DataError(f"{path}: found {len(found.rows)} rows, expected {LEAST} or more")
     if len(found.concurrencies) < 2:
         raise DataError(f"{path}: all rows have concurrency {found.concurrencies[0]}, expected two or more loads")
-    return found.model_copy(update={"source": found.source or path.name})
+    return found
 
 
 class Experiment:

@@ -47,12 +47,28 @@ class MoeCost:
 
     chosen: np.ndarray
     """(E,) the probability that a token uses each expert; adds up to the top-k."""
+    popular: np.ndarray
+    """(K, E) with a top-k of 1 to K, in proportion: how many tokens use each expert; one row if k does not matter."""
     expert: Weights
     """One routed expert, of those that text uses."""
     row: Weights
     """One row of the router, read by every step."""
     nbytes: float
     """What dropping one expert saves in memory: its row, and its twin's where there is one."""
+
+    def narrowed(self, experts: int | None = None, top_k: float | None = None) -> MoeCost:
+        """Keep the experts that are most popular with a top-k; the others' tokens go to them in proportion."""
+        k = top_k or float(self.chosen.sum())
+        return self.kept(np.argsort(-self._popular(k), kind="stable")[:experts], k)
+
+    def kept(self, ids: np.ndarray, top_k: float) -> MoeCost:
+        """Keep these experts, with a top-k of at most as many."""
+        chosen = spread(self._popular(top_k)[ids], min(top_k, len(ids)))
+        return replace(self, chosen=chosen, popular=self.popular[:, ids])
+
+    def _popular(self, top_k: float) -> np.ndarray:
+        row: np.ndarray = self.popular[min(max(round(top_k), 1), len(self.popular)) - 1]
+        return row
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,23 +105,20 @@ class ModelCost:
     def with_counts(self, experts: int | None = None, top_k: float | None = None) -> ModelCost:
         """Return the model with so many experts and such a top-k in every layer, at most what is there.
 
-        The most popular experts stay.
+        The experts stay that are most popular with that top-k.
         """
-        return self.routed(lambda chosen: narrowed(chosen, experts, top_k))
+        return self.routed(lambda moe: moe.narrowed(experts, top_k))
 
-    def routed(self, change: Callable[[np.ndarray], np.ndarray]) -> ModelCost:
+    def routed(self, change: Callable[[MoeCost], MoeCost]) -> ModelCost:
         """Return the model with other popularities; layers that share an array go on sharing one."""
-        seen: dict[int, np.ndarray] = {}
+        seen: dict[int, MoeCost] = {}
         for moe in self.moe:
             if id(moe.chosen) not in seen:
-                seen[id(moe.chosen)] = change(moe.chosen)
-        return replace(self, moe=tuple(replace(moe, chosen=seen[id(moe.chosen)]) for moe in self.moe))
-
-
-def narrowed(chosen: np.ndarray, experts: int | None = None, top_k: float | None = None) -> np.ndarray:
-    """Keep the most popular experts, to which the others' tokens go in proportion, with a top-k: (E,) → (experts,)."""
-    left = np.sort(chosen)[::-1][:experts]
-    return spread(left, min(top_k or float(chosen.sum()), len(left)))
+                seen[id(moe.chosen)] = change(moe)
+        alike = (seen[id(moe.chosen)] for moe in self.moe)
+        return replace(self, moe=tuple(
+            replace(moe, chosen=one.chosen, popular=one.popular) for moe, one in zip(self.moe, alike, strict=True)
+        ))  # fmt: skip
 
 
 def spread(weights: np.ndarray, top_k: float) -> np.ndarray:
@@ -127,9 +140,16 @@ def model_cost(checkpoint: Checkpoint, geometry: Geometry, profile: Profile | No
         ProfileError: the profile lacks a layer, or is of a model with another number of experts.
     """
     bits, moe, routed = _bits(checkpoint), [], Weights(0, 0)
-    for block, chosen in zip(geometry.trunk, _chosen(geometry, None, profile), strict=True):
+    uniform: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    for block in geometry.trunk:
+        if profile is None:
+            share = np.full(block.experts, block.top_k / block.experts)
+            chosen, popular = uniform.setdefault(block.experts, (share, np.ones((1, block.experts))))
+        else:
+            popular = _popularity(profile, block)
+            chosen = spread(popular[-1], block.top_k)
         expert, row, always = _split(checkpoint, geometry, block, bits)
-        moe.append(MoeCost(chosen, expert, row, geometry.expert_nbytes(checkpoint, block.prefix)))
+        moe.append(MoeCost(chosen, popular, expert, row, geometry.expert_nbytes(checkpoint, block.prefix)))
         routed = routed.plus(always)
     layers, head = _always(checkpoint, geometry, bits)
     gone = sum(checkpoint.tensors[name].nbytes for name in geometry.mtp_tensors)
@@ -141,39 +161,32 @@ def model_cost(checkpoint: Checkpoint, geometry: Geometry, profile: Profile | No
     )  # fmt: skip
 
 
-def planned(work: ModelCost, geometry: Geometry, plan: Plan, profile: Profile | None = None) -> ModelCost:
-    """Return what a plan leaves of a model that was counted with the same profile; layers may differ.
+def planned(work: ModelCost, geometry: Geometry, plan: Plan) -> ModelCost:
+    """Return what a plan leaves of a model; layers may differ.
 
     Raises:
         PlanError: the plan is of another model.
-        ProfileError: see `model_cost`.
     """
-    chosen = _chosen(geometry, plan, profile)
-    return replace(work, moe=tuple(replace(m, chosen=own) for m, own in zip(work.moe, chosen, strict=True)))
-
-
-def _chosen(geometry: Geometry, plan: Plan | None, profile: Profile | None) -> list[np.ndarray]:
-    """How popular the experts are that a plan keeps, by layer; layers that are alike share one array."""
-    kept, top_k = (kept_by_block(plan, geometry), numbers(plan, geometry).top_k) if plan else ({}, {})
-    uniform: dict[tuple[int, int], np.ndarray] = {}
+    kept, top_k = kept_by_block(plan, geometry), numbers(plan, geometry).top_k
+    seen: dict[tuple[int, int, int], MoeCost] = {}
     found = []
-    for block in geometry.trunk:
-        ids = np.array(kept.get(block.prefix, range(block.experts)))
-        k = min(top_k.get(block.layer, block.top_k), len(ids))
-        if profile is None:
-            found.append(uniform.setdefault((len(ids), k), np.full(len(ids), k / len(ids))))
-        else:
-            found.append(spread(_popularity(profile, block, k)[ids], k))
-    return found
+    for block, moe in zip(geometry.trunk, work.moe, strict=True):
+        ids, k = np.array(kept.get(block.prefix, range(block.experts))), top_k.get(block.layer, block.top_k)
+        if work.profiled:
+            found.append(moe.kept(ids, k))
+            continue
+        one = seen.setdefault((block.experts, len(ids), k), moe.kept(ids, k))  # which ones does not matter
+        found.append(replace(moe, chosen=one.chosen, popular=one.popular))
+    return replace(work, moe=tuple(found))
 
 
-def _popularity(profile: Profile, block: MoeBlock, top_k: int) -> np.ndarray:
-    """Share of the profile's tokens that use each expert with a top-k: of lower ones, what the first choices were."""
+def _popularity(profile: Profile, block: MoeBlock) -> np.ndarray:
+    """Share of the profile's tokens that use each expert with every top-k up to its own, by their ranks: (K, E)."""
     stats = profile.layer(block.prefix)
     if len(stats.count) != block.experts:
         raise ProfileError(f"{block.prefix}: the profile knows {len(stats.count)} experts, the model {block.experts}")
-    used = stats.rank_count[:, :top_k].sum(axis=1) if top_k < stats.rank_count.shape[1] else stats.count
-    share: np.ndarray = used / max(stats.tokens, 1)
+    lower = np.cumsum(stats.rank_count, axis=1).T[:-1]
+    share: np.ndarray = np.vstack([lower, stats.count]) / max(stats.tokens, 1)
     return share
 
 

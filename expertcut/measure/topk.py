@@ -15,8 +15,8 @@ from expertcut.calibrate.profile import Profile
 from expertcut.calibrate.run import ProfileOptions
 from expertcut.checkpoint.types import Checkpoint
 from expertcut.choose.limits import Limit
-from expertcut.choose.plan import Plan, numbers
-from expertcut.choose.topk import allocate, top_k_loss
+from expertcut.choose.plan import Plan
+from expertcut.choose.topk import allocate, mean_top_k, top_k_loss
 from expertcut.errors import GateError
 from expertcut.measure.gain import Gained, gain_plans
 from expertcut.measure.gate import Judgement, judge
@@ -63,7 +63,7 @@ def search_top_k(
         PlanError: the plan does not fit the checkpoint, or no gain can be carried.
         DataError: no sequence has two tokens.
     """
-    plans = dict(_candidates(geometry, plan, profile, domain_weights))
+    plans = dict(lower_top_k(geometry, plan, profile, domain_weights))
     gained: dict[str, Gained] = {}
     if fit_on is not None and plans:
         gained, found = gain_plans(
@@ -97,15 +97,13 @@ def first_that_holds(tried: Sequence[Tried]) -> Tried:
     raise GateError(f"{tried[-1].name}: {missed}; fewer activated experts lose more", "raise --max-loss")
 
 
-def mean_top_k(plan: Plan, geometry: Geometry) -> float:
-    """Return the experts activated per token and MoE layer of the trunk, on average."""
-    found = numbers(plan, geometry).top_k
-    return sum(found[block.layer] for block in geometry.trunk) / len(geometry.trunk)
-
-
-def _candidates(
+def lower_top_k(
     geometry: Geometry, plan: Plan, profile: Profile | None, domain_weights: Mapping[str, float] | None
 ) -> Iterator[tuple[str, Plan]]:
+    """Yield a plan with every top-k below the model's own, by name.
+
+    With a profile, where the plan's layers may differ, also with averages that go where they lose least.
+    """
     most, trunk = geometry.top_k, geometry.trunk
     for k in range(most - 1, 0, -1):
         yield f"top-{k}", _with_top_k(geometry, plan, [k] * len(trunk))

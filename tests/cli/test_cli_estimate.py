@@ -16,8 +16,9 @@ from golden_names import golden
 from expertcut.calibrate.profile import Profile
 from expertcut.checkpoint import open_checkpoint
 from expertcut.choose import Plan
-from expertcut.measure.cost import estimate_plans
+from expertcut.measure.cost import predict_plans
 from expertcut.measure.cost_hardware import read_machine
+from expertcut.measure.cost_model import model_cost
 from expertcut.measure.cost_traffic import Load
 from expertcut.model import read_geometry
 
@@ -30,15 +31,16 @@ pytest_plugins = ("command_line",)
 def test_json_is_what_the_function_says(cli: Cli, demo_model: Path, profiled: Path, planned: Path) -> None:
     args = ("--hardware", "rtx4090x2", "--concurrency", "1,8", "--profile", profiled, "--plan", planned)
     ran = cli("estimate", demo_model, *args, "--input-len", 64, "--output-len", 32, "--json")
-    assert ran.err == "the constants of rtx4090 are guessed, not fitted to any measurement: see --fit\n"
+    assert ran.err == "the constants of rtx4090 are guessed, fitted to no measurement: see expertcut estimate --fit\n"
     document, checkpoint = ran.document, open_checkpoint(demo_model)
     assert (document["routing"], document["hardware"]["count"]) == ("profile", 2)
+    geometry, plans = read_geometry(checkpoint), {str(planned): Plan.load(planned)}
+    work = model_cost(checkpoint, geometry, Profile.load(profiled))
     expected = [
         (name, one)
         for clients in (1, 8)
-        for name, one in estimate_plans(
-            checkpoint, read_geometry(checkpoint), {str(planned): Plan.load(planned)}, Profile.load(profiled),
-            read_machine("rtx4090x2"), Load(clients, 64, 32),
+        for name, one in predict_plans(
+            work, geometry, plans, read_machine("rtx4090x2"), Load(clients, 64, 32)
         ).items()
     ]  # fmt: skip
     assert [row["variant"] for row in document["rows"]] == ["base", str(planned)] * 2

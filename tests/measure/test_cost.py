@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from expertcut.measure.cost import USABLE, predict, predict_all
 from expertcut.measure.cost_hardware import PRESETS, Machine, read_machine
-from expertcut.measure.cost_model import ModelCost, model_cost, narrowed, spread
+from expertcut.measure.cost_model import ModelCost, model_cost, spread
 from expertcut.measure.cost_traffic import Load, distinct, tally
 from expertcut.model import read_geometry
 
@@ -163,6 +163,9 @@ def test_the_levers_are_the_gains_of_such_models() -> None:
 
 
 def test_the_most_popular_experts_stay() -> None:
-    chosen = np.array([0.1, 0.7, 0.2, 1.0])
-    assert narrowed(chosen, 2).tolist() == [1, 1]
-    assert narrowed(chosen, 3, 1) == pytest.approx(np.array([1, 0.7, 0.2]) / 1.9)
+    first, both = np.array([0.4, 0.0, 0.1, 0.5]), np.array([0.1, 0.7, 0.2, 1.0])
+    moe = replace(work("mixtral-8x7b").moe[0], chosen=both, popular=np.stack([first, both]))
+    assert moe.narrowed(2).chosen.tolist() == [1, 1]
+    assert moe.narrowed(3).chosen == pytest.approx(spread(np.array([1, 0.7, 0.2]), 2))
+    assert moe.narrowed(3, 1).chosen == pytest.approx([0.5, 0.4, 0.1])
+    assert moe.narrowed(3).narrowed(2, 1).chosen == pytest.approx([5 / 6, 1 / 6])  # of those that are left

@@ -16,7 +16,7 @@ from expertcut.calibrate.run import ProfileOptions, profile_model
 from expertcut.checkpoint import Checkpoint, open_checkpoint
 from expertcut.choose import LayerPlan, Plan, make_plan
 from expertcut.errors import PlanError, ProfileError
-from expertcut.measure.cost import estimate_plans
+from expertcut.measure.cost import predict_plans
 from expertcut.measure.cost_attention import read_attention
 from expertcut.measure.cost_hardware import read_machine
 from expertcut.measure.cost_model import model_cost, planned, spread
@@ -131,7 +131,7 @@ def test_a_profile_decides_who_is_popular(model: tuple[Checkpoint, Geometry], pr
 
 def test_a_plan_narrows_every_layer_by_itself(model: tuple[Checkpoint, Geometry], profile: Profile) -> None:
     geometry, plan = model[1], uneven(model)
-    left = planned(model_cost(*model, profile), geometry, plan, profile)
+    left = planned(model_cost(*model, profile), geometry, plan)
     for block, moe in zip(geometry.trunk, left.moe, strict=True):
         entry, stats = plan.layers[block.prefix], profile.layer(block.prefix)
         k = entry.top_k or block.top_k
@@ -146,16 +146,24 @@ def test_a_plan_narrows_every_layer_by_itself(model: tuple[Checkpoint, Geometry]
 def test_plans_beside_the_unchanged_model(model: tuple[Checkpoint, Geometry], profile: Profile) -> None:
     plans = {"uneven": uneven(model), "same": make_plan(*model, top_k=model[1].top_k)}
     machine, load = read_machine("rtx4090"), Load(8, 64, 64)
-    found = estimate_plans(*model, plans, profile, machine, load)
+    found = predict_plans(model_cost(*model, profile), model[1], plans, machine, load)
     assert list(found) == ["base", "uneven", "same"]
     assert found["same"].gain == pytest.approx(0) and found["uneven"].gain > 0
     assert found["uneven"].gain == pytest.approx(
         found["uneven"].tokens_per_second / found["base"].tokens_per_second - 1
     )
-    chosen = [m.chosen for m in planned(model_cost(*model), model[1], plans["uneven"], profile).moe]
+    chosen = [m.chosen for m in planned(model_cost(*model, profile), model[1], plans["uneven"]).moe]
     assert found["uneven"].experts == pytest.approx(np.mean([len(layer) for layer in chosen]))
     mean = np.mean([distinct(layer, np.array([8.0])) for layer in chosen])
     assert found["uneven"].touched == pytest.approx(mean)
+
+
+def test_a_top_k_means_the_same_in_a_grid_and_in_a_plan(model: tuple[Checkpoint, Geometry], profile: Profile) -> None:
+    work = model_cost(*model, profile)
+    for k in range(1, model[1].top_k + 1):
+        in_plan = planned(work, model[1], make_plan(*model, top_k=k))
+        for one, other in zip(work.with_counts(None, k).moe, in_plan.moe, strict=True):
+            assert np.sort(one.chosen) == pytest.approx(np.sort(other.chosen))
 
 
 def test_what_belongs_to_another_model_is_refused(
