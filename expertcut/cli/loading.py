@@ -54,7 +54,13 @@ class LoadOptions:
     ] = None
     requests: Annotated[
         int,
-        typer.Option("--requests", metavar="N", min=1, rich_help_panel=LOAD, help="Per client and round, in a row."),
+        typer.Option(
+            "--requests",
+            metavar="N",
+            min=1,
+            rich_help_panel=LOAD,
+            help="Per client and round, in a row; of all clients together 4 at least.",
+        ),
     ] = 1
     rounds: Annotated[
         int, typer.Option("--rounds", metavar="N", min=1, rich_help_panel=LOAD, help="Turns that every variant gets.")

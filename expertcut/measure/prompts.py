@@ -15,6 +15,8 @@ from expertcut.measure.bench import Cell
 
 MARGIN = 16
 """Random ids keep off this fraction of the vocabulary at either end, where special tokens are."""
+LEAST = 4
+"""Requests of a load in a round, at least: a single one says too little."""
 FIELDS = ("prompt", "text")
 
 
@@ -26,11 +28,11 @@ class Prompts:
     vocabulary: int
     seed: int
     requests: int
-    """Of every client in a round."""
+    """Of every client in a round, and more if there are fewer than `LEAST` clients."""
 
     def draw(self, cell: Cell, number: int) -> list[list[int]]:
         """Return the prompts of a load in one round, number 0 being the warm-up."""
-        count = cell.concurrency * self.requests
+        count = cell.concurrency * max(self.requests, -(-LEAST // cell.concurrency))
         if self.given:
             return [list(self.given[(number * count + i) % len(self.given)]) for i in range(count)]
         random = np.random.default_rng([self.seed, number, cell.concurrency, cell.input_len, cell.output_len])

