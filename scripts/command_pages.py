@@ -1,4 +1,4 @@
-"""Writes docs/commands/ and the commands in mkdocs.yml from the command line's own objects: what `--help` says, as pages.
+"""Writes docs/commands/, and its part of mkdocs.yml, from the command line's own objects: the help as pages.
 
 `scripts/docs` runs it; a test holds the committed pages against what it makes.
 """
@@ -44,7 +44,7 @@ def navigation(config: str) -> str:
 
 def overview() -> str:
     group = typer.main.get_group(app)
-    rows = [(f"[`{name}`]({name}.md)", cell(str(command.help).split("\n\n")[0])) for name, command in commands().items()]
+    rows = [(f"[`{name}`]({name}.md)", cell(str(c.help).split("\n\n")[0])) for name, c in commands().items()]
     return "\n".join(
         [
             MADE, "# Commands", "", *table(("command", "what it does"), rows), "",

@@ -1,4 +1,4 @@
-"""What mkdocs does besides: the files at the top level become pages, and headings get the anchors that GitHub gives them.
+"""What mkdocs does besides: files at the top level become pages, and headings get the anchors that GitHub gives them.
 
 Pages link to `../CONTRIBUTING.md` and to source files, as GitHub reads them. Here the former lead to pages, and of the
 latter the name is left.

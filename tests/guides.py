@@ -35,7 +35,8 @@ class Scratch:
         env = {k: v for k, v in os.environ.items() if k != "COLUMNS"}
         env |= {"PYTHONPATH": str(self.source), "NO_COLOR": "1", "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
-            [sys.executable, *command], cwd=self.folder, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            [sys.executable, *command], cwd=self.folder, env=env, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         return done.stdout
 

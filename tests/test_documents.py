@@ -1,14 +1,18 @@
-"""What the documents say must be so: links lead somewhere, tables are complete, commands and their options exist."""
+"""What the documents say must be so: links lead somewhere, tables are complete, commands exist, pages are not stale."""
 
+import ast
+import importlib.util
 import json
 import re
-import subprocess
-import sys
-from collections import defaultdict
+import shlex
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
+import yaml
 
 import expertcut
 from expertcut.choose.criteria import CRITERIA, FAMILY, get_criterion
@@ -19,31 +23,86 @@ ROOT = Path(expertcut.__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("expertcut/_demo_model/*.md")])
 
 
-def commands_in_documents() -> dict[str, set[str]]:
-    """Subcommand → the long options that the documents' shell examples and inline code give it."""
-    used: dict[str, set[str]] = defaultdict(set)
-    for document in DOCUMENTS:
-        for name, rest in re.findall(r"expertcut ([a-z]+)((?: [^\n`|#]*)?)", document.read_text()):
-            used[name] |= set(re.findall(r"(?<= )--[a-z][a-z-]*", rest))
-    return used
+SCRIPTS = ROOT / "scripts"
 
 
-COMMANDS = (
-    "inspect", "profile", "merge", "show", "plan", "prune", "verify", "eval", "sweep", "bench", "estimate", "demo"
-)  # fmt: skip
+def load_script(name: str) -> ModuleType:
+    """A module of scripts/, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_commands_and_options_in_the_documents_exist(name: str) -> None:
-    options = commands_in_documents()[name]
-    code = "from expertcut.cli import main; main()"
-    command = [sys.executable, "-c", code, name, "--help"]
-    run = subprocess.run(command, env={"COLUMNS": "200", "NO_COLOR": "1"}, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert options <= set(re.findall(r"--[a-z][a-z-]*", run.stdout))
+PAGES = load_script("command_pages")
+COMMANDS: dict[str, Any] = PAGES.commands()
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def code(document: Path) -> tuple[list[str], list[str]]:
+    """Lines of code blocks, one that ends in a backslash joined to the next, and pieces of inline code."""
+    text = re.sub(r"\\\n\s*", "", document.read_text())
+    fence = re.compile(r"^ *```.*?^ *```$", re.MULTILINE | re.DOTALL)
+    blocks = [*fence.findall(text), *re.findall(r"^    .+", text, re.MULTILINE)]
+    lines = [line.strip() for block in blocks for line in block.splitlines()]
+    return lines, re.findall(r"(?<!`)`([^`\n]+)`", fence.sub("", text))
+
+
+def options_of(command: str) -> set[str]:
+    return {name for option in COMMANDS[command].params for name in (*option.opts, *option.secondary_opts)}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_commands_and_options_in_the_documents_exist(document: Path) -> None:
+    """All of them in code blocks and inline code."""
+    lines, pieces = code(document)
+    for name, rest in re.findall(r"\bexpertcut ([a-z]+)\b([^\n|#]*)", "\n".join(lines + pieces)):
+        assert name in COMMANDS, f"expertcut {name}"
+        used = set(re.findall(r"(?<= )--?[a-z][a-z-]*", rest))
+        assert used <= options_of(name), f"expertcut {name}{rest}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_examples_are_valid_command_lines(document: Path) -> None:
+    """Lines of code blocks that can be typed as they stand have their arguments, and values of the right kind."""
+    for line in re.findall(r"^(?:\$ )?expertcut (.+)$", "\n".join(code(document)[0]), re.MULTILINE):
+        if not set(line) & set("…[]"):  # of a synopsis
+            name, *arguments = shlex.split(line.partition(" > ")[0], comments=True)
+            COMMANDS[name].make_context(name, arguments)
+
+
+def test_command_pages_are_what_scripts_docs_makes_now() -> None:
+    made = PAGES.pages()
+    assert made.keys() == {"index.md"} | {f"{name}.md" for name in COMMANDS}
+    found = {path.name: path.read_text() for path in (ROOT / "docs" / "commands").iterdir()}
+    assert found == made, "run scripts/docs"
+    for name in COMMANDS:
+        assert {option for option in options_of(name) if option[0] == "-"} <= set(
+            re.findall("`(-.+?)`", made[f"{name}.md"])
+        )
+
+
+def test_every_page_is_in_the_navigation_and_every_entry_is_a_page() -> None:
+    text = (ROOT / "mkdocs.yml").read_text()
+    assert PAGES.navigation(text) == text, "run scripts/docs"
+
+    def entries(part: Any) -> Iterator[str]:
+        if isinstance(part, str):
+            yield part
+        else:
+            for inner in part.values() if isinstance(part, dict) else part:
+                yield from entries(inner)
+
+    listed = list(entries(yaml.safe_load(text)["nav"]))
+    top = re.search(r"^TOP = (.+)$", (SCRIPTS / "docs_hooks.py").read_text(), re.MULTILINE)
+    assert top is not None
+    made = ast.literal_eval(top[1])
+    assert all((ROOT / source).exists() for source in made)
+    pages = [str(path.relative_to(ROOT / "docs")) for path in ROOT.glob("docs/**/*.md")]
+    assert sorted(listed) == sorted([*pages, *made.values()])
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_relative_links_lead_somewhere(document: Path) -> None:
     for link in re.findall(r"\]\(([^)\s]+)", document.read_text()):
         path, _, anchor = link.partition("#")
