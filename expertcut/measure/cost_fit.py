@@ -44,6 +44,8 @@ class Row(BaseModel):
     output_len: Count
     tokens_per_s: Positive
     """Tokens written per second."""
+    ratio: Positive | None = None
+    """To the unchanged model's where both were measured in turns: better than that of the two throughputs."""
     series: str = ""
     """Rows of one series and load were measured together; the first of them is the unchanged model."""
 
@@ -76,7 +78,17 @@ def read_rows(path: Path) -> Measured:
         raise DataError(f"{path}: {error.strerror}") from error
     except ValidationError as error:
         raise DataError(f"{path}: {first_error(error)}", "the fields are listed in docs/estimate.md") from error
-    return found.model_copy(update={"source": found.source or path.name})
+    return found.model_copy(update={"source": found.source or path.name, "rows": _paired(found.rows)})
+
+
+def _paired(rows: Sequence[Row]) -> tuple[Row, ...]:
+    """Rows with a ratio have the throughput that follows from it."""
+    base: dict[tuple[str, int, int, int], float] = {}
+    found = []
+    for row in rows:
+        first = base.setdefault((row.series, row.concurrency, row.input_len, row.output_len), row.tokens_per_s)
+        found.append(row if row.ratio is None else row.model_copy(update={"tokens_per_s": first * row.ratio}))
+    return tuple(found)
 
 
 def read_measured(path: Path) -> Measured:

@@ -11,7 +11,7 @@ from golden_names import golden
 
 from expertcut.errors import DataError, UsageError
 from expertcut.measure.cost import predict
-from expertcut.measure.cost_fit import NAMES, Experiment, boundaries, fit, judge, nelder_mead, read_measured
+from expertcut.measure.cost_fit import NAMES, Experiment, boundaries, fit, judge, nelder_mead, read_measured, read_rows
 from expertcut.measure.cost_hardware import PRESETS, Constants, Machine, read_machine
 from expertcut.measure.cost_model import ModelCost, model_cost
 from expertcut.measure.cost_traffic import Load
@@ -134,6 +134,17 @@ def test_rows_that_cannot_be_fitted_are_refused_by_field(text: str, told: str, t
         read_measured(tmp_path)
     with pytest.raises(DataError, match="No such file"):
         read_measured(tmp_path / "none.json")
+
+
+def test_a_ratio_of_turns_counts_in_the_place_of_throughputs(tmp_path: Path) -> None:
+    load = {"concurrency": 8, "input_len": 32, "output_len": 32}
+    rows = [
+        load | {"experts": 64, "top_k": 8, "tokens_per_s": 100, "ratio": None},
+        load | {"experts": 64, "top_k": 4, "tokens_per_s": 90, "ratio": 1.25},
+        load | {"experts": 32, "top_k": 8, "tokens_per_s": 90},
+    ]
+    (tmp_path / "bench.json").write_text(json.dumps({"rows": rows}))
+    assert [row.tokens_per_s for row in read_rows(tmp_path).rows] == [100, 125, 90]
 
 
 def test_rows_of_another_model_are_refused(repo: Path) -> None:
