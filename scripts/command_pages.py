@@ -17,10 +17,10 @@ from expertcut.cli.app import app
 ROOT = Path(__file__).resolve().parents[1]
 MADE = "<!-- Made by scripts/docs from the command's own help: change that, not this page. -->"
 MORE = {
-    "inspect": ("families.md", "runtimes.md"), "profile": ("file-formats.md", "quantised.md"),
+    "inspect": ("families.md", "runtimes.md", "hub.md"), "profile": ("file-formats.md", "quantised.md", "hub.md"),
     "merge": ("file-formats.md",), "show": ("topk.md",),
     "plan": ("criteria.md", "searching.md", "replay.md", "topk.md", "estimate.md"),
-    "prune": ("evaluation.md", "topk.md"), "verify": ("architecture.md",), "eval": ("evaluation.md",),
+    "prune": ("evaluation.md", "topk.md", "hub.md"), "verify": ("architecture.md",), "eval": ("evaluation.md",),
     "sweep": ("estimate.md",),
 }  # fmt: skip
 """Pages of docs/ that explain what a command does; one that is called like the command is found by itself."""

@@ -143,6 +143,7 @@ class LayerStream:
         """Return a decoder layer with its weights."""
         if index not in self._loaded:
             layer = copy.deepcopy(self._layers[index])
+            self.reader.begin(self._sources(index))
             self.loader.fill(layer, f"{self.prefix}.{index}", recurse=True, pool=self._pool)
             self.reader.release(self._sources(index))
             self._loaded[index] = _with_observed_experts(layer)

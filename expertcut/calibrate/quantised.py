@@ -174,9 +174,6 @@ class DequantisingReader(TensorReader):
                 "profile the unquantised sibling; its plan applies to this checkpoint too",
             ) from None
 
-    def _ranges(self, names: Iterable[str]) -> list[Any]:
-        return super()._ranges(stored for name in names for stored in self.stored(name))
-
 
 def find_quantised(checkpoint: Checkpoint) -> Iterator[tuple[str, Quantised]]:
     """Yield (plain name, what it is made of) of every quantised tensor."""

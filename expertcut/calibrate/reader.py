@@ -1,5 +1,6 @@
 """Checkpoint tensors as torch views on the page cache, with read-ahead. Nothing is copied until the caller does.
 
+Of a checkpoint whose shards are on the Hub, tensors are views on bytes in memory that were fetched by ranges.
 Invariant: views are read-only by contract; the mapping is private to the process and never written.
 """
 
@@ -13,7 +14,8 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
-from expertcut.checkpoint.types import Checkpoint
+from expertcut.calibrate.fetched import Fetched
+from expertcut.checkpoint.types import Checkpoint, TensorInfo
 from expertcut.errors import CheckpointError
 
 DTYPES: dict[str, torch.dtype] = {
@@ -25,12 +27,14 @@ DTYPES: dict[str, torch.dtype] = {
 
 
 class TensorReader:
-    """Memory-mapped access to a checkpoint's tensors."""
+    """Memory-mapped access to a checkpoint's tensors, or by ranges from the Hub."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
         self.factors: Mapping[str, float] = {}
         """Tensors that are handed out with every value multiplied and rounded, as a plan's gain leaves them."""
+        self.fetched = Fetched(checkpoint.remote) if checkpoint.remote else None
+        """What is held of tensors on the Hub; None: they are on this machine."""
         self._maps: dict[str, mmap.mmap] = {}
         self._ahead: threading.Thread | None = None
 
@@ -60,6 +64,7 @@ class TensorReader:
 
         Raises:
             CheckpointError: a dtype that torch has no plain type for.
+            HubError: it is on the Hub, which does not give it.
         """
         info = self.checkpoint.tensors[name]
         if info.dtype not in DTYPES:
@@ -70,27 +75,43 @@ class TensorReader:
             return torch.empty(shape, dtype=dtype)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The given buffer is not writable")
-            flat = torch.frombuffer(self._map(info.shard), dtype=torch.uint8, count=info.nbytes, offset=info.start)
-        if info.start % dtype.itemsize:
+            if self.fetched:
+                flat = torch.frombuffer(self.fetched.bytes_of(info), dtype=torch.uint8)
+            else:
+                flat = torch.frombuffer(self._map(info.shard), dtype=torch.uint8, count=info.nbytes, offset=info.start)
+        if flat.data_ptr() % dtype.itemsize:
             flat = flat.clone()
         values = flat.view(dtype).view(shape)
         factor = self.factors.get(name)
         return values if factor is None else _times(values, factor)
 
+    def begin(self, names: Iterable[str]) -> None:
+        """Say that these tensors will all be read now: from the Hub, they come side by side then."""
+        if self.fetched:
+            self.fetched.begin(self._infos(names))
+
     def read_ahead(self, names: Iterable[str]) -> None:
-        """Ask the kernel to bring these tensors into the page cache, in the background."""
+        """Ask the kernel to bring these tensors into the page cache, or fetch them from the Hub, in the background."""
+        if self.fetched:
+            self.fetched.begin(self._infos(names))
+            return
         ranges = self._ranges(names)
         self._ahead = threading.Thread(target=self._advise, args=(ranges, mmap.MADV_WILLNEED), daemon=True)
         self._ahead.start()
 
     def release(self, names: Iterable[str]) -> None:
-        """Unmap these tensors' pages from the process (they stay in the page cache)."""
+        """Unmap these tensors' pages from the process (they stay in the page cache); what was fetched goes."""
+        if self.fetched:
+            self.fetched.release(self._infos(names))
+            return
         self._advise(self._ranges(names), mmap.MADV_DONTNEED)
 
     def close(self) -> None:
         """Wait for read-ahead. Mappings go away with their last view."""
         if self._ahead is not None:
             self._ahead.join()
+        if self.fetched:
+            self.fetched.close()
         self._maps.clear()
 
     def _map(self, shard: str) -> mmap.mmap:
@@ -102,9 +123,12 @@ class TensorReader:
                 self._maps[shard] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         return self._maps[shard]
 
+    def _infos(self, names: Iterable[str]) -> list[TensorInfo]:
+        return [self.checkpoint.tensors[stored] for name in names for stored in self.stored(name)]
+
     def _ranges(self, names: Iterable[str]) -> list[tuple[mmap.mmap, int, int]]:
         """Page-aligned ranges of the tensors, neighbours merged: (map, start, length)."""
-        infos = sorted((self.checkpoint.tensors[n] for n in names), key=lambda t: (t.shard, t.start))
+        infos = sorted(self._infos(names), key=lambda t: (t.shard, t.start))
         merged: list[tuple[str, int, int]] = []
         for info in infos:
             if merged and merged[-1][0] == info.shard and info.start <= merged[-1][2] + mmap.PAGESIZE:

@@ -27,8 +27,11 @@ __all__ = [
 ]
 
 
-def open_checkpoint(name: str | Path, revision: str | None = None) -> Checkpoint:
-    """Open a checkpoint: a local directory, or a Hub name ORG/NAME (downloaded to the Hub's cache) at a revision.
+def open_checkpoint(name: str | Path, revision: str | None = None, *, download: bool = True) -> Checkpoint:
+    """Open a checkpoint: a local directory, or a Hub name ORG/NAME at a revision.
+
+    With `download` the latter is fetched to the Hub's cache first; otherwise all but its shards is, of which headers
+    are read now and tensors when they are asked for, by byte ranges.
 
     Raises:
         CheckpointError: nothing of that name, or a checkpoint that is incomplete, malformed or contradictory.
@@ -43,7 +46,10 @@ def open_checkpoint(name: str | Path, revision: str | None = None) -> Checkpoint
     if os.path.lexists(text):
         raise CheckpointError(f"{shown(text)}: not a directory", "name the directory that holds config.json")
     if isinstance(name, str) and hub.is_hub_name(name):
-        return open_directory(hub.download(name, revision), name)
+        if download:
+            return open_directory(hub.download(name, revision), name)
+        root, remote = hub.open_files(name, revision)
+        return open_directory(root, name, remote)
     raise CheckpointError(
         f"{shown(text)}: no such directory, and not a Hub name of the form ORG/NAME", "check the path's spelling"
     )

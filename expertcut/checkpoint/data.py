@@ -23,10 +23,13 @@ def read_bytes(ckpt: Checkpoint, name: str, start: int = 0, stop: int | None = N
 
     Raises:
         CheckpointError: no such tensor, or the shard cannot be read or has changed since it was opened.
+        HubError: the shard is on the Hub, which does not give it.
     """
     info = _find(ckpt, name)
     path = ckpt.path / info.shard
     wanted = (info.nbytes if stop is None else stop) - start
+    if ckpt.remote:
+        return ckpt.remote.recall(info.shard, info.start + start, wanted)
     try:
         with path.open("rb") as file:
             file.seek(info.start + start)

@@ -9,15 +9,19 @@ from __future__ import annotations
 import json
 import os
 import stat
+import threading
 from collections.abc import Iterable, Mapping
 from math import prod
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from expertcut.checkpoint.jsonio import parse_json, shown
 from expertcut.checkpoint.types import DTYPE_BITS, TensorInfo
 from expertcut.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from expertcut.checkpoint.remote import HubFiles
 
 MAX_HEADER = 100_000_000
 """Bytes; the limit of the safetensors library."""
@@ -39,12 +43,35 @@ def read_header(path: Path, shard: str | None = None) -> tuple[list[TensorInfo],
     Raises:
         CheckpointError: the file is unreadable, truncated, or its header contradicts itself or the file's length.
     """
-    where = str(path)
     raw, size = _header_bytes(path)
+    return parse_header(raw, size, shard or path.name, str(path))
+
+
+def read_remote_header(files: HubFiles, shard: str, stop: threading.Event) -> tuple[list[TensorInfo], dict[str, str]]:
+    """Tensors of one file on the Hub, like `read_header`; fetches the header and nothing else, unless `stop` is set.
+
+    Raises:
+        CheckpointError: see `read_header`.
+        HubError: the Hub does not give it.
+    """
+    where, size = f"{files.repo}/{shard}", files.size(shard)
+    head = bytes(files.read(shard, 0, min(8, size), stop))
+    raw = bytes(files.read(shard, 8, _checked_length(head, size, where), stop))
+    return parse_header(raw, size, shard, where)
+
+
+def parse_header(raw: bytes, size: int, shard: str, where: str) -> tuple[list[TensorInfo], dict[str, str]]:
+    """Tensors and metadata by the JSON part of a header, and the size of the whole file; `where` is for errors.
+
+    Raises:
+        CheckpointError: the header contradicts itself or the file's size.
+    """
+    if not raw.startswith(b"{"):
+        raise CheckpointError(f"{where}: header starts with {raw[:1]!r}, expected b'{{'")
     document = parse_json(raw, where)
     metadata = _checked_metadata(document.pop(_METADATA, {}), where)
     _check_names(document, where)
-    base, shard = 8 + len(raw), shard or path.name
+    base = 8 + len(raw)
     tensors = [_tensor(name, entry, shard, base, where) for name, entry in document.items()]
     tensors.sort(key=attrgetter("start", "end"))
     _check_cover(tensors, base, size, where)
@@ -82,12 +109,10 @@ def _header_bytes(path: Path) -> tuple[bytes, int]:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
     if len(raw) != length:
         raise CheckpointError(f"{path}: truncated while it was read", _AGAIN)
-    if not raw.startswith(b"{"):
-        raise CheckpointError(f"{path}: header starts with {raw[:1]!r}, expected b'{{'")
     return raw, status.st_size
 
 
-def _checked_length(head: bytes, size: int, path: Path) -> int:
+def _checked_length(head: bytes, size: int, path: Path | str) -> int:
     if size == 0:
         raise CheckpointError(f"{path}: empty file (0 bytes)", _AGAIN)
     if head == _LFS:

@@ -1,16 +1,21 @@
-"""A model on the Hugging Face Hub → a local snapshot with exactly the files that count.
+"""A model on the Hugging Face Hub → a local snapshot with exactly the files that count, or all of them but the weights.
 
-Everything but weights comes first; it holds the index, which names the shards to fetch from the same commit. Error
-messages are our own throughout: the client's can carry tokens and signed addresses.
+Everything but weights comes first; it holds the index, which names the shards to fetch from the same commit, whole or
+later by byte ranges. Error messages are our own throughout: the client's can carry tokens and signed addresses.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from expertcut.checkpoint.companions import WEIGHT_SUFFIXES
+from expertcut.checkpoint.hub_errors import explain
 from expertcut.checkpoint.local import SINGLE, find_index, read_index
+from expertcut.checkpoint.remote import HubFiles
 from expertcut.errors import HubError
 
 _NAME = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w.-]+", re.ASCII)
@@ -30,16 +35,60 @@ def download(repo: str, revision: str | None = None) -> Path:
         CheckpointError: its index is malformed.
     """
     root = _snapshot(repo, revision, ignore=_NO_WEIGHTS)
-    index = find_index(root)
-    weights = sorted(set(read_index(index).values())) if index else [SINGLE]
+    weights = _weights(root)
     commit = root.name  # so that both requests see the same state of the repository
     _snapshot(repo, commit, allow=[re.sub(r"([*?[])", r"[\1]", name) for name in weights])
-    if not index and not (root / SINGLE).exists():
-        raise HubError(
-            f"{repo} has no safetensors weights on the Hub, expected {SINGLE} or an index",
-            f"pickle weights can be converted: hf download {repo} --local-dir DIR, then expertcut inspect DIR says how",
-        )
+    if weights == [SINGLE] and not (root / SINGLE).exists():
+        raise _no_weights(repo)
     return root
+
+
+def open_files(repo: str, revision: str | None = None) -> tuple[Path, HubFiles | None]:
+    """Fetch all but the weights of a model; return its snapshot directory, and the weights on the Hub at that commit.
+
+    The latter are None if the directory holds them already.
+
+    Raises:
+        HubError, CheckpointError: see `download`; or a file that is not what its sha256 says.
+    """
+    root = _snapshot(repo, revision, ignore=_NO_WEIGHTS)
+    _check_sums(repo, root)
+    weights = _weights(root)
+    if all((root / name).is_file() for name in weights):
+        return root, None
+    files = HubFiles(repo, root.name)
+    if weights == [SINGLE] and not files.has(SINGLE):
+        raise _no_weights(repo)
+    return root, files
+
+
+def _weights(root: Path) -> list[str]:
+    index = find_index(root)
+    return sorted(set(read_index(index).values())) if index else [SINGLE]
+
+
+def _no_weights(repo: str) -> HubError:
+    return HubError(
+        f"{repo} has no safetensors weights on the Hub, expected {SINGLE} or an index",
+        f"pickle weights can be converted: hf download {repo} --local-dir DIR, then expertcut inspect DIR says how",
+    )
+
+
+def _check_sums(repo: str, root: Path) -> None:
+    """Compare files of a snapshot with their sha256, which the cache calls their contents by (as the Hub's ETag does).
+
+    Files that Git itself keeps have another kind of name.
+    """
+    for path in root.rglob("*"):
+        blob = path.resolve()
+        if path.is_symlink() and re.fullmatch(r"[0-9a-f]{64}", blob.name) and not path.name.endswith(".safetensors"):
+            with blob.open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found != blob.name:
+                raise HubError(
+                    f"{repo}: {path.relative_to(root)}: sha256 is {found}, the Hub says {blob.name}",
+                    f"remove the damaged file and run the same command: rm {blob}",
+                )
 
 
 def _snapshot(
@@ -51,49 +100,24 @@ def _snapshot(
     # HTTPError of the HTTP library below, which differs between versions of the client.
     transport: type[Exception] = HfHubHTTPError.__mro__[1]
     try:
-        return Path(
-            huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=allow, ignore_patterns=ignore)
-        )
+        with _silent():
+            return Path(
+                huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=allow, ignore_patterns=ignore)
+            )
     except (OSError, ValueError, transport) as error:  # ValueError: a malformed name, token or address
-        raise _explain(error, repo, revision) from None
+        raise explain(error, repo, revision) from None
 
 
-def _explain(error: Exception, repo: str, revision: str | None) -> HubError:
-    from huggingface_hub import errors
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Keep the client's warnings to itself: those about repetitions carry signed addresses."""
+    import logging as levels
 
-    if isinstance(error, errors.GatedRepoError):
-        return HubError(f"{repo} is gated on the Hub", "accept its terms on its page, then run: hf auth login")
-    if isinstance(error, errors.RepositoryNotFoundError | errors.HFValidationError):
-        return HubError(
-            f"{repo} is neither a local directory nor a model on the Hub that you can see",
-            "check the spelling; if it is private, run: hf auth login",
-        )
-    if isinstance(error, errors.RevisionNotFoundError):
-        return HubError(f"{repo} has no revision {revision} on the Hub", "name one of its branches, tags or commits")
-    if isinstance(error, errors.LocalEntryNotFoundError):
-        return _unreachable(error, repo)
-    if isinstance(error, errors.HfHubHTTPError):
-        return _refused(error, repo)
-    if isinstance(error, OSError) and error.strerror:
-        hint = "set HF_HOME to a place with room that you may write to"
-        return HubError(f"{repo} cannot be stored in the Hub's cache: {error.strerror}", hint)
-    hint = "check HF_TOKEN, HF_ENDPOINT and the proxy, then run the same command"
-    return HubError(f"{repo}: talking to the Hub failed ({type(error).__name__})", hint)
+    from huggingface_hub.utils import logging
 
-
-def _unreachable(error: Exception, repo: str) -> HubError:
-    from huggingface_hub import constants, errors
-
-    missing = f"{repo} is neither a local directory nor complete in the Hub's cache"
-    if constants.HF_HUB_OFFLINE:
-        hint = f"unset HF_HUB_OFFLINE, or first run where there is a network: hf download {repo}"
-        return HubError(f"{missing}, and HF_HUB_OFFLINE is set", hint)
-    if isinstance(error.__cause__, errors.HfHubHTTPError):
-        return _refused(error.__cause__, repo)
-    return HubError(f"{missing}, and the Hub cannot be reached", "check the path, the network, the proxy, HF_ENDPOINT")
-
-
-def _refused(error: Exception, repo: str) -> HubError:
-    status: int = getattr(getattr(error, "response", None), "status_code", 0)
-    hints = {401: "renew the access token: hf auth login", 403: "use an account that may read it: hf auth login"}
-    return HubError(f"{repo}: the Hub answered {status}", hints.get(status, "wait a little, then run the same command"))
+    before = logging.get_verbosity()
+    logging.set_verbosity(levels.ERROR)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)

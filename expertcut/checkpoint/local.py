@@ -1,20 +1,28 @@
-"""A local directory → an opened Checkpoint: config, index, every shard's header and their agreement. No tensor data."""
+"""A directory → an opened Checkpoint: config, index, every shard's header and their agreement. No tensor data.
+
+The shards are in the directory, or on the Hub.
+"""
 
 from __future__ import annotations
 
 import os
 import shlex
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from expertcut.checkpoint.companions import PICKLE_SUFFIXES, list_companions
-from expertcut.checkpoint.header import read_header
+from expertcut.checkpoint.header import read_header, read_remote_header
 from expertcut.checkpoint.jsonio import load_json, shown
+from expertcut.checkpoint.remote import HubFiles, in_parallel
 from expertcut.checkpoint.types import Checkpoint, TensorInfo
 from expertcut.errors import CheckpointError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+
+Header = tuple[list[TensorInfo], dict[str, str]]
 
 _FETCH = "fetch the whole model again: hf download ORG/NAME --local-dir DIR"
 # Tensor by tensor, so that config and names stay as they are; clones part weights that share memory.
@@ -25,34 +33,44 @@ _CONVERT = (
 )
 
 
-def open_directory(root: Path, name: str) -> Checkpoint:
+def open_directory(root: Path, name: str, remote: HubFiles | None = None) -> Checkpoint:
     """Open and validate the checkpoint in the directory `root`; `name` is what the user called it.
+
+    `remote` are its shards if they are not in the directory.
 
     Raises:
         CheckpointError: whatever is missing, malformed or contradictory, naming file and tensor.
+        HubError: the Hub does not give a header.
     """
     try:
-        return _open(root, name)
+        return _open(root, name, remote)
     except OSError as error:
         raise CheckpointError(f"{shown(error.filename or root)}: cannot be read: {error.strerror}") from None
 
 
-def _open(root: Path, name: str) -> Checkpoint:
+def _open(root: Path, name: str, remote: HubFiles | None) -> Checkpoint:
     config = _read_config(root)
     index = find_index(root)
     weight_map = read_index(index) if index else None
     tensors: dict[str, TensorInfo] = {}
     shards: dict[str, int] = {}
     metadata: dict[str, dict[str, str]] = {}
-    for shard in sorted(set(weight_map.values())) if weight_map else [_single_file(root)]:
-        found, metadata[shard] = read_header(_shard_path(root, shard, index), shard)
+    single = _single_file(root) if weight_map is None and remote is None else SINGLE
+    names = sorted(set(weight_map.values())) if weight_map else [single]
+    for shard, (found, metadata[shard]) in zip(names, _headers(root, names, index, remote), strict=True):
         _add(tensors, found, root)
-        shards[shard] = (root / shard).stat().st_size
+        shards[shard] = remote.size(shard) if remote else (root / shard).stat().st_size
     if index and weight_map is not None:
         _check_index(index, weight_map, tensors)
     if not tensors:
         raise CheckpointError(f"{root / next(iter(shards))}: holds no tensors")
-    return Checkpoint(name, root, config, tensors, shards, index is not None, list_companions(root), metadata)
+    return Checkpoint(name, root, config, tensors, shards, index is not None, list_companions(root), metadata, remote)
+
+
+def _headers(root: Path, names: list[str], index: Path | None, remote: HubFiles | None) -> Iterator[Header]:
+    if remote is None:
+        return (read_header(_shard_path(root, name, index), name) for name in names)
+    return in_parallel(partial(read_remote_header, remote, name) for name in names)
 
 
 def find_index(root: Path) -> Path | None:

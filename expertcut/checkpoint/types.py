@@ -6,7 +6,10 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from expertcut.checkpoint.remote import HubFiles
 
 # Bits per element of every safetensors dtype code (sub-byte types are packed).
 DTYPE_BITS: dict[str, int] = {
@@ -45,7 +48,7 @@ class Checkpoint:
     name: str
     """What the user called it: a path or a Hub repo id."""
     path: Path
-    """Local directory."""
+    """Local directory; without the shards if those are remote."""
     config: dict[str, Any]
     """`config.json` as parsed JSON, in the file's key order. Never changed in place."""
     tensors: dict[str, TensorInfo]
@@ -58,6 +61,8 @@ class Checkpoint:
     """Every other file (tokenizer, licence, code …), relative names, sorted; without config, index and weights."""
     metadata: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """By shard: what its header says about itself, such as `{"format": "pt"}`."""
+    remote: HubFiles | None = field(default=None, compare=False)
+    """Where the shards are, if not in the directory: on the Hub, to be read by byte ranges."""
 
     @property
     def public_name(self) -> str:

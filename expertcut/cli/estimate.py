@@ -80,7 +80,7 @@ def estimate(
     out = output(ctx, as_json)
     machine, loads = machine_of(service, tp), loads_of(service)
     counts, tops = numbers("--experts", experts), numbers("--top-k", top_k)
-    checkpoint = open_checkpoint(model, revision)
+    checkpoint = open_checkpoint(model, revision, download=False)
     geometry = read_geometry(checkpoint)
     known = Profile.load(profile) if profile is not None else None
     works = _works(checkpoint, geometry, plan or [], counts, tops, known)

@@ -29,7 +29,7 @@ def inspect(ctx: typer.Context, model: Model, revision: Revision = None, as_json
     from expertcut.runtimes.lint import RANKS, fits, lint, lint_subject
 
     out = output(ctx, as_json)
-    checkpoint = open_checkpoint(model, revision)
+    checkpoint = open_checkpoint(model, revision, download=False)
     geometry = read_geometry(checkpoint)
     summary = summarise(checkpoint, geometry)
     subject = lint_subject(geometry, checkpoint.config)

@@ -72,7 +72,7 @@ def plan(
     if aim is None:
         refuse_unused(service, None, "--goal")
         limits = check_measured(choice, measured)
-    checkpoint = open_checkpoint(model, revision)
+    checkpoint = open_checkpoint(model, revision, download=measured != UNMEASURED)  # text runs through it
     geometry = read_geometry(checkpoint)
     if aim is not None:
         refined = reach(out, checkpoint, geometry, aim, choice, measured, forward)

@@ -9,6 +9,7 @@ import typer
 
 from expertcut.cli.common import Output, output
 from expertcut.cli.options import POOLED, Json, Model, Recorded, Revision, Seed, SeqLen, flat
+from expertcut.errors import UsageError
 
 if TYPE_CHECKING:
     from expertcut.calibrate.data import CalibrationSet
@@ -37,6 +38,10 @@ def profile(
     ] = False,
     seed: Seed = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace a profile that is there.")] = False,
+    stream_from_hub: Annotated[
+        bool,
+        typer.Option("--stream-from-hub", help="Read a model of the Hub layer by layer; never store it."),
+    ] = False,
     revision: Revision = None,
     forward: Recorded = POOLED,
     as_json: Json = False,
@@ -56,8 +61,10 @@ def profile(
     from expertcut.model import read_geometry
 
     out = output(ctx, as_json)
+    if stream_from_hub and "self" in (calibration or []):
+        raise UsageError("--calibration self runs the whole model, which --stream-from-hub does not store")
     refuse_existing(out_dir, force)
-    checkpoint = open_checkpoint(model, revision)
+    checkpoint = open_checkpoint(model, revision, download=not stream_from_hub)
     geometry = read_geometry(checkpoint)
 
     from expertcut.calibrate.run import ProfileOptions, profile_model

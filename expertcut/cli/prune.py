@@ -85,7 +85,7 @@ def prune(
     shard_size = parse_size(max_shard_size) if max_shard_size is not None else None
     writing = Writing(out_dir, shard_size, force, link, check=not no_verify)
     limits = parse_gate(heldout, forward)
-    checkpoint = open_checkpoint(model, revision)
+    checkpoint = open_checkpoint(model, revision, download=bool(limits))  # a gate runs the model
     geometry = read_geometry(checkpoint)
     made = _plan(out, checkpoint, geometry, plan, choice, gated=bool(limits))
     judged: list[Judgement] = []
@@ -179,8 +179,12 @@ def _prune(
     out.resumable, checks = False, list[Check]()
     if writing.check:
         with out.busy("checking structure and bytes"):
-            checks = [*verify_structure(out_dir, checkpoint), *verify_bytes(out_dir, checkpoint)]
+            checks = verify_structure(out_dir, checkpoint)
+            checks += verify_bytes(out_dir, checkpoint) if checkpoint.remote is None else []
         require(checks)
+        if checkpoint.remote:
+            again = f"expertcut verify {out_dir} --source {checkpoint.name} --revision {checkpoint.remote.commit}"
+            out.note(f"bytes are as the Hub sent them; to download the source and compare: {again}")
     result = outcome(checkpoint, geometry, plan)
     document = {**asdict(done), "out": str(out_dir), "model": checkpoint.name, "gate": gate_record(judged),
                 "checks": records(checks), **result.members}  # fmt: skip

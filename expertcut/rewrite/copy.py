@@ -134,12 +134,25 @@ def write_shard(
         CheckpointError: a source shard ends early or cannot be opened.
         OSError: the destination does not take it.
     """
+    return write_new(shard, path, lambda file: _append(root, shard, file, copier), back, advance)
+
+
+def write_new(
+    shard: OutShard, path: Path, append: Callable[[int], Iterator[int]], back: WriteBack, advance: Advance
+) -> Future[None]:
+    """Write one shard: its header, and what `append` writes behind it to the open file, yielding bytes just written.
+
+    The result is there once the bytes are safe on disk.
+
+    Raises:
+        OSError: the destination does not take it; besides, what `append` raises.
+    """
     file = create_file(path)
     try:
         reserve(file, shard.nbytes)
         write_all(file, shard.header, 0)
         at, unsynced = len(shard.header), 0
-        for copied in _append(root, shard, file, copier):
+        for copied in append(file):
             at, unsynced = at + copied, unsynced + copied
             advance(copied)
             if unsynced >= STEP:

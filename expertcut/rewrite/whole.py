@@ -22,6 +22,8 @@ _COPY = "leave out --link"
 
 def clonable(ckpt: Checkpoint, folder: Path) -> bool:
     """Whether files in `folder` can share the blocks of the shards; tried, without a trace, on one of each device."""
+    if ckpt.remote:
+        return False
     devices = {source_status(ckpt.path / shard).st_dev: ckpt.path / shard for shard in ckpt.shards}
     return all(can_clone(path, folder) for path in devices.values())
 

@@ -22,7 +22,7 @@ from expertcut.choose.plan import Plan
 from expertcut.errors import DestinationError, UsageError
 from expertcut.model import Geometry, check_fingerprint
 from expertcut.rewrite.config import config_bytes
-from expertcut.rewrite.copy import Copier, WriteBack, copy_file, write_file, write_shard
+from expertcut.rewrite.copy import Advance, Copier, WriteBack, copy_file, write_file, write_new, write_shard
 from expertcut.rewrite.destination import (
     allocated,
     check_replaceable,
@@ -35,6 +35,7 @@ from expertcut.rewrite.destination import (
     resolve_destination,
     sync_folder,
 )
+from expertcut.rewrite.fetch import check_whole, fetch_parts
 from expertcut.rewrite.journal import Journal, open_journal
 from expertcut.rewrite.layout import RECORD, Layout, OutShard, plan_layout, source_status
 from expertcut.rewrite.record import Record, Size
@@ -86,6 +87,7 @@ def prune(
         UsageError: `link`, but the source's shards cannot stay as they are.
         PlanError: the plan is for another model, or cannot be carried out.
         CheckpointError: the source cannot be laid out, or changes while it is read.
+        HubError: the source is on the Hub, which does not give it.
         DestinationError: `out` exists, is too small, is being written to, holds an unfinished run of another kind, or
             cannot be linked to.
     """
@@ -117,6 +119,8 @@ def prepare(
     """
     check_fingerprint(plan.source.fingerprint, ckpt, geometry)
     layout = plan_layout(ckpt, geometry, plan, max_shard_size)
+    if link and ckpt.remote:
+        raise UsageError("--link needs the shards on this machine", f"leave out --link, or: hf download {ckpt.name}")
     if link and layout.wanting:
         raise UsageError(f"--link needs {layout.wanting}", "leave out --link")
     target = resolve_destination(ckpt, Path(out))
@@ -258,19 +262,31 @@ class Job:
         with WriteBack() as back:
             for shard in todo:
                 path = self.made / shard.name
-                future = clone_shard(self.ckpt.path, shard.whole, path, back) if shard.whole else None
+                here = shard.whole if self.ckpt.remote is None else None
+                future = clone_shard(self.ckpt.path, here, path, back) if here else None
                 if future:
                     cloned += shard.nbytes
                     advance(shard.nbytes)
                 else:
                     advance(len(shard.header))
-                    future = write_shard(self.ckpt.path, shard, path, copier, back, advance)
+                    future = self._write_shard(shard, path, copier, back, advance)
                     written += shard.nbytes
                 pending.append((shard, future))
                 self._settle(pending, journal, keep=1)  # one shard reaches the disk while the next is written
             self._settle(pending, journal, keep=0)
         taken = None if self.taken is None else "copied" if written else "cloned" if cloned else None
         return Shards(written, taken, time.monotonic() - started)
+
+    def _write_shard(
+        self, shard: OutShard, path: Path, copier: Copier, back: WriteBack, advance: Advance
+    ) -> Future[None]:
+        files = self.ckpt.remote
+        if files is None:
+            return write_shard(self.ckpt.path, shard, path, copier, back, advance)
+        future = write_new(shard, path, lambda file: fetch_parts(files, shard, file), back, advance)
+        if shard.whole:
+            check_whole(files, shard.whole, path)
+        return future
 
     def _settle(self, pending: list[tuple[OutShard, Future[None]]], journal: Journal, keep: int) -> None:
         while len(pending) > keep:
@@ -299,9 +315,13 @@ class Job:
 
 
 def _source_identity(ckpt: Checkpoint) -> str:
-    """Hash of config, every tensor's place, and every file's size and time of change."""
+    """Hash of config, every tensor's place, and every file's size and time of change (on the Hub: commit and ETag)."""
     digest = hashlib.sha256(json.dumps(ckpt.config, sort_keys=True).encode())
-    for name in (*ckpt.shards, *ckpt.companions, "config.json"):
+    if ckpt.remote:  # what came with the commit may have come again
+        for name in ckpt.shards:
+            digest.update(ckpt.remote.identity(name).encode())
+    here = () if ckpt.remote else (*ckpt.shards, *ckpt.companions, "config.json")
+    for name in here:
         status = source_status(ckpt.path / name)
         digest.update(repr((name, status.st_size, status.st_mtime_ns)).encode())
     for tensor in ckpt.tensors.values():

@@ -261,7 +261,8 @@ def test_an_existing_destination_is_kept(cli: Cli, demo_model: Path, planned: Pa
 
 
 UNEXPECTED = (
-    "import expertcut.checkpoint as c; c.open_checkpoint = lambda *a: 1 / 0; from expertcut.cli import main; main()"
+    "import expertcut.checkpoint as c; c.open_checkpoint = lambda *a, **k: 1 / 0\n"
+    "from expertcut.cli import main; main()"
 )
 
 
