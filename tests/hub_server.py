@@ -211,7 +211,8 @@ class Hub(ThreadingHTTPServer):
         close         end the connection properly after `after` bytes of an answer: a short read
         ignore range  answer 200 and the whole file
         etag          answer with another ETag, as if the file had changed
-        stall         set `stalled` after `after` bytes of the body, sent or received, and wait for `released`
+        stall         set `stalled` after `after` bytes of the body, sent or received, and wait for `released`;
+                      then an answer goes on, and an upload is lost
         """
         self.faults.append(Fault(pattern, kind, times, after, status, dict(headers or {})))
 
@@ -322,6 +323,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.fault.kind == "stall":
             self.server.stalled.set()
             self.server.released.wait()
+            if self.command == "PUT":
+                raise ConnectionResetError
             return
         if self.fault.kind == "reset":
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

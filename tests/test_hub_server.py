@@ -113,7 +113,7 @@ def test_who_may_do_what(hub: Hub, folder: Path, tmp_path: Path) -> None:
 def test_metadata_of_files(hub: Hub, folder: Path, tmp_path: Path) -> None:
     commit = hub.add("org/m", folder)
     names = ["model-2.safetensors", "config.json", "absent"]
-    calls = [
+    calls: list[Call] = [
         ("model_info", {"repo_id": "org/m", "files_metadata": True}),
         ("get_paths_info", {"repo_id": "org/m", "paths": names, "revision": commit[:8]}),
         ("get_hf_file_metadata", {"url": f"{hub.url}/org/m/resolve/main/{names[0]}"}),

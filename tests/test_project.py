@@ -17,7 +17,7 @@ from packaging.utils import canonicalize_name
 import expertcut
 
 TORCH_FREE = ("checkpoint", "model", "choose", "rewrite")
-FLOW = ("errors", "checkpoint", "model", "calibrate", "choose", "rewrite", "measure", "runtimes", "cli")
+FLOW = ("errors", "checkpoint", "model", "calibrate", "choose", "rewrite", "measure", "runtimes", "share", "cli")
 
 
 @pytest.fixture(scope="module")

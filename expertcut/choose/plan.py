@@ -98,8 +98,12 @@ class Plan(_Record):
         except ValidationError as error:
             raise PlanError(f"{path}: {_first_error(error)}", _AGAIN) from error
 
+    def to_text(self) -> str:
+        """Return the file's contents: JSON, the kept ids of a layer on one line."""
+        return _pretty(self.model_dump(mode="json", by_alias=True, exclude_none=True)) + "\n"
+
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON, the kept ids of a layer on one line; replaces the file at once or not at all.
+        """Write the plan; replaces the file at once or not at all.
 
         Raises:
             DestinationError: the file cannot be written.
@@ -107,7 +111,7 @@ class Plan(_Record):
         path = Path(path)
         if os.path.isdir(path):
             raise DestinationError(f"{path}: is a directory, expected a file name for the plan")
-        text = _pretty(self.model_dump(mode="json", by_alias=True, exclude_none=True)) + "\n"
+        text = self.to_text()
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             with temporary.open("w", encoding="utf-8") as file:

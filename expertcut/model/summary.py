@@ -80,13 +80,13 @@ def summarise(checkpoint: Checkpoint, geometry: Geometry) -> Summary:
 
 def _unused(geometry: Geometry, block: MoeBlock, sizes: Mapping[str, int]) -> int:
     """Elements of a block's tensors that a token of text does not use."""
-    second = sum(sizes[name] for name in block.tensors if _is_second(geometry, block, name))
+    second = sum(sizes[name] for name in block.tensors if is_second(geometry, block, name))
     first = sum(sizes[name] for name in block.tensors) - second
     return second + first * (block.experts - block.top_k) // block.experts
 
 
-def _is_second(geometry: Geometry, block: MoeBlock, name: str) -> bool:
-    """True for a tensor of an expert that text does not use."""
+def is_second(geometry: Geometry, block: MoeBlock, name: str) -> bool:
+    """Return whether a tensor is of an expert that text does not use."""
     role = geometry.roles[name]
     return geometry.family.sets > 1 and isinstance(role, ExpertTensor) and role.expert >= block.experts
 

@@ -24,6 +24,8 @@ from expertcut.rewrite.gain import folded
 from expertcut.rewrite.layout import RECORD, config_edits, rewritten_companions
 from expertcut.rewrite.record import Record
 
+CARD = "README.md"
+"""The one companion that need not be the source's: `push` writes another."""
 SHOWN = 5
 """Findings that a failed check names; the others are counted."""
 
@@ -94,7 +96,7 @@ def verify_bytes(out: str | Path | Checkpoint, source: Checkpoint) -> list[Check
         documents = rewritten_companions(source, geometry, plan)
     except (CheckpointError, PlanError) as error:
         return [Check("tensor bytes", False, error.message)]
-    files = [name for name in source.companions if name != RECORD and name not in documents]
+    files = [name for name in source.companions if name not in (RECORD, CARD, *documents)]
     companions = [*changed_files(ckpt, source, files), *wrong_files(ckpt, documents)]
     rewritten = f", {len(documents)} rewritten" if documents else ""
     scaled = [survivor for survivor in expected if survivor.factor is not None]
