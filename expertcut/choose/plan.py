@@ -6,9 +6,7 @@ experts than its groups hold. Stock runtimes load the result unless the plan say
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -16,7 +14,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, StrictInt, ValidationError
 
 from expertcut.checkpoint.jsonio import load_json, shown
-from expertcut.errors import CheckpointError, DestinationError, PlanError
+from expertcut.checkpoint.textio import replace_text
+from expertcut.errors import CheckpointError, PlanError
 from expertcut.model import Fingerprint, Geometry
 from expertcut.model.uneven import LayerNumbers
 
@@ -84,7 +83,7 @@ class Plan(_Record):
             PlanError: the file is missing, not JSON, of another schema, or has a wrong, missing or unknown field.
         """
         path = Path(path)
-        if not os.path.isfile(path):
+        if not Path(path).is_file():
             raise PlanError(f"{path}: no such file", "make a plan with `expertcut plan`")
         try:
             data = load_json(path)
@@ -108,22 +107,7 @@ class Plan(_Record):
         Raises:
             DestinationError: the file cannot be written.
         """
-        path = Path(path)
-        if os.path.isdir(path):
-            raise DestinationError(f"{path}: is a directory, expected a file name for the plan")
-        text = self.to_text()
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with temporary.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except OSError as error:
-            raise DestinationError(f"{path}: cannot be written: {error.strerror}") from error
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
+        replace_text(Path(path), self.to_text(), "plan")
 
 
 def kept_by_block(plan: Plan, geometry: Geometry) -> dict[str, tuple[int, ...]]:

@@ -23,6 +23,7 @@ from expertcut.cli.plan import plan
 from expertcut.cli.profile import profile
 from expertcut.cli.prune import prune
 from expertcut.cli.push import push
+from expertcut.cli.report import report
 from expertcut.cli.show import show
 from expertcut.cli.sweep import sweep
 from expertcut.cli.verify import verify
@@ -30,8 +31,8 @@ from expertcut.errors import ExpertcutError
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "inspect": inspect, "profile": profile, "merge": merge, "show": show, "plan": plan, "prune": prune,
-    "verify": verify, "eval": evaluate, "sweep": sweep, "bench": bench, "estimate": estimate, "push": push,
-    "demo": demo,
+    "verify": verify, "eval": evaluate, "sweep": sweep, "bench": bench, "estimate": estimate, "report": report,
+    "push": push, "demo": demo,
 }  # fmt: skip
 # Wherever the installed typer keeps click: the base of BadParameter is UsageError, whose base is ClickException.
 _CLICK_ERROR: type[Exception] = typer.BadParameter.__mro__[2]
