@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,6 +69,12 @@ class Checkpoint:
     def public_name(self) -> str:
         """What files call it: its Hub name, or its directory's name without the path on this machine."""
         return valid_text(self.path.resolve().name if os.path.isdir(self.name) else self.name)
+
+    @property
+    def commit(self) -> str | None:
+        """The commit that a Hub model is of; None for a directory of one's own."""
+        name = self.path.name  # of a snapshot in the Hub's cache
+        return name if re.fullmatch(r"[0-9a-f]{40}", name) and not os.path.isdir(self.name) else None
 
     @property
     def nbytes(self) -> int:

@@ -35,6 +35,8 @@ class Record(BaseModel):
     """Program and version."""
     source: str
     """Hub name or directory name of the model that the plan was applied to."""
+    revision: str | None = None
+    """Its commit on the Hub; None for a local directory."""
     before: Size
     after: Size
     plan: Plan
@@ -45,7 +47,9 @@ class Record(BaseModel):
         """Return the record of a rewrite."""
         after = Size(nbytes=layout.nbytes, experts=layout.experts, top_k=layout.top_k)
         tool = f"expertcut {expertcut.__version__}"
-        return cls(tool=tool, source=ckpt.public_name, before=before, after=after, plan=plan)
+        return cls(
+            tool=tool, source=ckpt.public_name, revision=ckpt.commit, before=before, after=after, plan=plan
+        )  # fmt: skip
 
     @classmethod
     def load(cls, folder: Path) -> Self:
