@@ -132,7 +132,7 @@ def test_a_profile_of_256_experts_makes_a_page_that_opens() -> None:
         "dtype": "bfloat16", "versions": {},
     }  # fmt: skip
     blocks = [BlockRecord(prefix=f"model.layers.{n}.mlp", layer=n) for n in range(3, 3 + layers)]
-    arrays = {}
+    arrays: dict[str, np.ndarray] = {}
     for block in blocks:
         shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("tokens", "out_sq", "entropy"), (2,))
         shapes |= dict.fromkeys(("count", *SUMS_E, *MAXIMA_E), (2, experts)) | dict.fromkeys(SUMS_K, (2, top_k))
