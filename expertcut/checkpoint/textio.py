@@ -15,7 +15,7 @@ def replace_text(path: Path, text: str, what: str) -> None:
     Raises:
         DestinationError: it cannot be written.
     """
-    if path.is_dir():
+    if os.path.isdir(path):  # of a name that is too long `Path.is_dir` raises
         raise DestinationError(f"{path}: is a directory, expected a file name for the {what}")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

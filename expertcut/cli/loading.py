@@ -6,7 +6,6 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -157,7 +156,7 @@ def prepare(
     entries = open_entries(models, tops)
     prompts = _prompts(entries, load, seed)
     if prompts.given:
-        lengths = [round(fmean(map(len, prompts.given)))]
+        lengths = [round(sum(map(len, prompts.given)) / len(prompts.given))]
     loads, longest = cells(clients, lengths or [INPUT_LEN], outputs), max(map(len, prompts.given), default=0)
     check_lengths(entries, loads, longest)
     start, facts = _engine(entries, urls, engine, room(loads, longest), out_dir)

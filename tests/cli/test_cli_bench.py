@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 pytest_plugins = ("command_line", "completions_fixture")
 
 Serve = Callable[..., Server]
-SMALL = ("--concurrency", "1,3", "--input-len", 6, "--output-len", 4, "--rounds", 2)
+SMALL = ("--concurrency", "2,4", "--input-len", 6, "--output-len", 4, "--rounds", 2)
 
 
 @pytest.fixture
@@ -47,11 +47,11 @@ def test_two_servers_take_turns(
     assert found.complete and found.machine is None and found.engine == f"{first.url}, {second.url}"
     assert ran.document["rows"] == json.loads((out / "bench.json").read_text())["rows"]
     assert [(r.variant, r.experts, r.top_k, r.concurrency) for r in found.rows] == [
-        ("_demo_model", 32, 4, 1), ("_demo_model", 32, 4, 3), ("pruned", 16, 4, 1), ("pruned", 16, 4, 3)
+        ("_demo_model", 32, 4, 2), ("_demo_model", 32, 4, 4), ("pruned", 16, 4, 2), ("pruned", 16, 4, 4)
     ]  # fmt: skip
     assert all(row.rounds == (1, 2) and row.memory is None and not row.counted for row in found.rows)
     assert all((row.ratio is None) == (row.variant == "_demo_model") for row in found.rows)
-    assert [len(r["prompt"]) for r in first.asked] == [6] * 3 * (1 + 3), "a warm-up and two rounds"
+    assert [len(r["prompt"]) for r in first.asked] == [6] * 3 * (4 + 4), "a warm-up and two rounds, of 4 each"
     assert sorted(r["prompt"] for r in first.asked) == sorted(r["prompt"] for r in second.asked)
     assert first.keys[0] == "Bearer sk-very-secret"
     text = "".join(path.read_text() for path in out.glob("bench.[jc]s*")) + ran.out + ran.err
@@ -63,7 +63,7 @@ def test_two_servers_take_turns(
 def test_what_was_measured_before_a_fault_is_kept(
     kind: str, cli: Cli, serve: Serve, demo_model: Path, tmp_path: Path
 ) -> None:
-    server = serve(*["good"] * (4 + 1 + 3 + 1), kind)
+    server = serve(*["good"] * (8 + 4 + 4 + 4), kind)
     ran = cli("bench", demo_model, "--engine", server.url, *SMALL, "--timeout", 1, "-o", tmp_path / "load", "--json")
     assert (ran.code, ran.out) == (6, "")
     note, error, hint = ran.err.splitlines()
@@ -115,7 +115,7 @@ def test_vllm_is_started_for_every_variant(cli: Cli, fake: FakeVllm, demo_model:
 def test_an_interruption_keeps_what_there_is_and_leaves_no_server(
     fake: FakeVllm, demo_model: Path, tmp_path: Path, repo: Path
 ) -> None:
-    out, script = tmp_path / "load", ",".join(["good"] * (4 + 1) + ["stall"])
+    out, script = tmp_path / "load", ",".join(["good"] * (8 + 4) + ["stall"])
     path = os.pathsep.join((str(repo), str(fake.site)))
     command = [sys.executable, "-m", "expertcut", "bench", demo_model, "--python", sys.executable, *SMALL, "-o", out]
     process = subprocess.Popen(

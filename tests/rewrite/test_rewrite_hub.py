@@ -140,7 +140,7 @@ class Case:
         """The files that were written from the Hub; what the record says of the source is made alike."""
         record = self.folder / "remote" / RECORD
         document = json.loads(record.read_text())
-        assert document["source"] == NAME and document["revision"] == self.hub.repositories[NAME].branches["main"]
+        assert document["source"] == NAME and document["revision"] == self.commit
         told = f'"source": "{NAME}",\n  "revision": "{document["revision"]}"'
         record.write_text(record.read_text().replace(told, '"source": "model"', 1))
         return digest(self.folder / "remote")
