@@ -39,12 +39,14 @@ def report(
       expertcut report model.profile OUT curve -o report.html
     """
     from expertcut.checkpoint.textio import replace_text
-    from expertcut.share.report import build, read_inputs, render
+    from expertcut.share.inputs import read_inputs
+    from expertcut.share.report import build, render
 
     out = output(ctx, as_json)
-    title, sections = build(read_inputs(paths), by)
-    page = render(title, sections)
-    replace_text(out_file, page, "page")
-    figures = [figure.key for section in sections for figure in section.figures]
-    document = {"out": str(out_file), "model": title, "sections": [s.key for s in sections], "figures": figures}
-    out.finish(document, f"written: {out_file} ({len(figures)} figures, {len(page.encode()) / 1e6:.1f} MB)")
+    page = build(read_inputs(paths), by)
+    text = render(page)
+    replace_text(out_file, text, "page")
+    figures = [figure.key for section in page.sections for figure in section.figures]
+    document = {"out": str(out_file), "model": page.title, "sections": [section.key for section in page.sections],
+                "figures": figures}  # fmt: skip
+    out.finish(document, f"written: {out_file} ({len(figures)} figures, {len(text.encode()) / 1e6:.1f} MB)")

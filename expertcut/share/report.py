@@ -1,4 +1,4 @@
-"""Profiles, plans, checkpoints, sweeps and benchmarks of one model in, one HTML page out that needs nothing else.
+"""What was found about a model in, one HTML page out that needs nothing else.
 
 Invariant: the same inputs give the same page, byte for byte; whatever comes from a file is escaped.
 """
@@ -6,30 +6,31 @@ Invariant: the same inputs give the same page, byte for byte; whatever comes fro
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from itertools import pairwise
 from typing import Any
 
 import expertcut
-from expertcut.calibrate.profile import JSON, Profile
-from expertcut.checkpoint import Checkpoint, load_json, open_checkpoint
+from expertcut.calibrate.profile import Profile
+from expertcut.checkpoint import Checkpoint
 from expertcut.choose import format_size
 from expertcut.choose.criteria import Criterion, get_criterion
 from expertcut.choose.plan import Plan
-from expertcut.errors import CheckpointError, DataError, ProfileError, UsageError
-from expertcut.measure.bench import Bench, load_bench
+from expertcut.errors import DataError, ProfileError, UsageError
+from expertcut.measure.bench import Bench
 from expertcut.model import Geometry, read_geometry
 from expertcut.model.summary import summarise
-from expertcut.rewrite.layout import RECORD
 from expertcut.rewrite.record import Record
 from expertcut.runtimes.lint import LintFinding, lint, lint_subject
-from expertcut.share.figures import Figure, bench_figures, kept_figure, profile_figures, sweep_figures
+from expertcut.share.curves import bench_figures, sweep_figures
+from expertcut.share.figures import Figure
+from expertcut.share.inputs import SWEEP, Inputs, last_part
+from expertcut.share.routing import kept_figure, profile_figures
 
 DEFAULT = "reap"
 """The criterion whose scores are shown where no plan names one."""
-SWEEP, BENCH = "sweep.json", "bench.json"
-TAKEN = "a profile, a checkpoint that expertcut wrote, a plan, the folder of a sweep or of a benchmark"
 Facts = list[tuple[str, str]]
 
 
@@ -45,101 +46,18 @@ class Section:
     commands: Sequence[str] = ()
 
 
-@dataclass
-class Inputs:
-    """What was given, at most one of each kind."""
+@dataclass(frozen=True)
+class Page:
+    """What a report shows."""
 
-    profile: Profile | None = None
-    plan: Plan | None = None
-    record: Record | None = None
-    checkpoint: Checkpoint | None = None
-    sweep: dict[str, Any] | None = None
-    bench: Bench | None = None
-    names: dict[str, str] = field(default_factory=dict)
-    """Kind → the model's name there."""
-    geometries: dict[str, str] = field(default_factory=dict)
-    """Kind → hash of the source's geometry, where it is known."""
-
-    def put(self, kind: str, value: Any, path: Path) -> None:
-        """Set one of the fields.
-
-        Raises:
-            UsageError: there is one already.
-        """
-        if getattr(self, kind) is not None:
-            raise UsageError(f"{path}: a second {kind}", "one of each kind goes on a page")
-        setattr(self, kind, value)
+    title: str
+    glance: Sequence[tuple[str, str, str]]
+    """The numbers to see first: what, how much, and beside what."""
+    sections: Sequence[Section]
 
 
-def read_inputs(paths: Sequence[Path]) -> Inputs:
-    """Read what a report is made of, and check that it is all of one model.
-
-    Raises:
-        UsageError: a path is none of these, two of a kind, or of different models.
-        ProfileError, PlanError, CheckpointError, DataError: one of them is damaged.
-    """
-    found = Inputs()
-    for path in paths:
-        _read(found, path)
-    if len(set(found.geometries.values())) > 1:
-        told = ", ".join(f"{kind}: {found.names.get(kind, '?')}" for kind in found.geometries)
-        raise UsageError(f"these are of different models: {told}", "make a page for each")
-    if found.sweep is not None:
-        own = _last(str(found.sweep["model"]))
-        others = {kind: name for kind, name in found.names.items() if kind != "sweep" and _last(name) != own}
-        if others and len(others) == len(found.names) - 1:
-            raise UsageError(
-                f"the sweep is of {own}, the others of {', '.join(others.values())}", "make a page for each"
-            )
-    return found
-
-
-def _read(found: Inputs, path: Path) -> None:
-    if path.is_dir() and (path / JSON).exists():
-        profile = Profile.load(path)
-        found.put("profile", profile, path)
-        found.names["profile"], found.geometries["profile"] = profile.meta.source, profile.meta.fingerprint.geometry
-    elif path.is_dir() and (path / RECORD).exists():
-        record = Record.load(path)
-        found.put("record", record, path)
-        found.put("checkpoint", open_checkpoint(path), path)
-        _take_plan(found, record.plan, path)
-    elif path.is_dir() and ((path / SWEEP).exists() or (path / BENCH).exists()):
-        for name in (SWEEP, BENCH):
-            if (path / name).exists():
-                _read_document(found, path / name)
-    elif path.is_file():
-        _read_document(found, path)
-    else:
-        raise UsageError(f"{path}: expected {TAKEN}")
-
-
-def _read_document(found: Inputs, path: Path) -> None:
-    try:
-        document = load_json(path)
-    except CheckpointError as error:
-        raise DataError(error.message, f"expected {TAKEN}") from None
-    schema = str(document.get("schema", "")) if isinstance(document, dict) else ""
-    if schema.startswith("expertcut.plan/"):
-        _take_plan(found, Plan.load(path), path)
-    elif schema.startswith("expertcut.bench/"):
-        found.put("bench", load_bench(path), path)
-    elif isinstance(document, dict) and isinstance(document.get("points"), list) and document["points"]:
-        found.put("sweep", document, path)
-        found.names["sweep"] = str(document.get("model"))
-    else:
-        raise UsageError(f"{path}: expected {TAKEN}")
-
-
-def _take_plan(found: Inputs, plan: Plan, path: Path) -> None:
-    if found.plan == plan:  # a checkpoint beside the plan that it was made by
-        return
-    found.put("plan", plan, path)
-    found.names["plan"], found.geometries["plan"] = plan.source.name, plan.source.fingerprint.geometry
-
-
-def build(inputs: Inputs, by: str | None) -> tuple[str, list[Section]]:
-    """Return the page's title and what is on it; `by` is the criterion whose scores are shown.
+def build(inputs: Inputs, by: str | None) -> Page:
+    """Return what is on the page; `by` is the criterion whose scores are shown.
 
     Raises:
         UsageError: an unknown criterion, or one that no profile can judge.
@@ -151,7 +69,7 @@ def build(inputs: Inputs, by: str | None) -> tuple[str, list[Section]]:
     if inputs.plan is not None:
         sections.append(_plan(inputs.plan, inputs.profile))
     if inputs.profile is not None:
-        sections.append(_profile(inputs.profile, inputs.plan, _criterion(by, inputs.plan, inputs.profile)))
+        sections.append(_profile(inputs.profile, inputs.plan, by))
     elif by is not None:
         raise UsageError("--by needs a profile among what is given")
     if inputs.sweep is not None:
@@ -159,10 +77,10 @@ def build(inputs: Inputs, by: str | None) -> tuple[str, list[Section]]:
     if inputs.bench is not None:
         sections.append(_bench(inputs.bench))
     name = next(iter(inputs.names.values()), None)
-    return (_last(name) if name else "Benchmark"), sections
+    return Page(last_part(name) if name else "Benchmark", _glance(inputs), sections)
 
 
-def render(title: str, sections: Sequence[Section]) -> str:
+def render(page: Page) -> str:
     """Return the page."""
     import jinja2
 
@@ -170,12 +88,48 @@ def render(title: str, sections: Sequence[Section]) -> str:
         loader=jinja2.PackageLoader("expertcut.share", "."), undefined=jinja2.StrictUndefined, trim_blocks=True,
         lstrip_blocks=True, autoescape=True,
     )  # fmt: skip
-    return environment.get_template("report.html.jinja").render(
-        title=title, sections=sections, version=expertcut.__version__
-    )
+    return environment.get_template("report.html.jinja").render(page=page, version=expertcut.__version__)
 
 
-def _criterion(by: str | None, plan: Plan | None, profile: Profile) -> Criterion | None:
+def _glance(inputs: Inputs) -> list[tuple[str, str, str]]:
+    found = []
+    record, plan, profile, sweep, bench = inputs.record, inputs.plan, inputs.profile, inputs.sweep, inputs.bench
+    experts, top_k = (record.before.experts, record.before.top_k) if record else (
+        (profile.meta.experts, profile.meta.top_k) if profile else (None, None)
+    )  # fmt: skip
+    if record is not None:
+        before, after = record.before.nbytes, record.after.nbytes
+        change = f", {after / before - 1:+.1%}".replace("-", "−") if before else ""
+        found.append(("weights", format_size(after), f"of {format_size(before)}{change}"))
+    if plan is not None:
+        kept = [len(entry.kept) for entry in plan.layers.values()]
+        found.append(("experts kept per layer", _mean(kept), f"of {experts}" if experts else ""))
+        if top_k:
+            tops = [entry.top_k or top_k for entry in plan.layers.values()]
+            found.append(("of these, per token", _mean(tops), f"of {top_k}"))
+    if profile is not None:
+        tokens = profile.meta.tokens()
+        found.append(("MoE layers", str(len(profile.meta.blocks)), f"of {profile.meta.experts} experts"))
+        domains = "1 domain" if len(tokens) == 1 else f"{len(tokens)} domains"
+        found.append(("tokens profiled", f"{sum(tokens.values()):,}", f"of {domains}"))
+    if sweep is not None:
+        found.append(("plans compared", str(len(sweep["points"])), f"on {sweep['tokens']:,} tokens of held-out text"))
+    if bench is not None:
+        found.append(("variants under load", str(len({row.variant for row in bench.rows})), bench.engine))
+    return found
+
+
+def _weights(plan: Plan | None, profile: Profile) -> dict[str, float] | None:
+    """The weights of domains that the plan was made with, where the profile has those domains."""
+    named = plan.provenance.get("domain_weights") if plan else None
+    if not isinstance(named, dict) or not {*named} <= {*profile.meta.domains}:
+        return None
+    return {name: float(weight) for name, weight in named.items() if isinstance(weight, int | float)}
+
+
+def _criterion(
+    by: str | None, plan: Plan | None, profile: Profile, weights: dict[str, float] | None
+) -> Criterion | None:
     """The criterion that was asked for, else the plan's, else the default, as far as the profile can judge by it."""
     if by is not None:
         asked = get_criterion(by)
@@ -187,7 +141,7 @@ def _criterion(by: str | None, plan: Plan | None, profile: Profile) -> Criterion
         try:
             found = get_criterion(name) if isinstance(name, str) else None
             if found and found.needs and found.needs_profile:
-                found.score(profile.layer(profile.prefixes[0]))
+                found.score(profile.layer(profile.prefixes[0], weights))
                 return found
         except (UsageError, ProfileError):
             continue
@@ -207,7 +161,19 @@ def _checkpoint(checkpoint: Checkpoint, record: Record) -> Section:
         ("activated per token", "–" if summary.activated is None else f"{summary.activated:,}"),
         ("family", summary.family), ("written by", record.tool),
     ]  # fmt: skip
-    return Section("checkpoint", "Checkpoint", facts, lint=lint(lint_subject(geometry, checkpoint.config)))
+    findings = lint(lint_subject(geometry, checkpoint.config))
+    return Section("checkpoint", "Checkpoint", facts, lint=findings, commands=_again(record, checkpoint.path.name))
+
+
+def _again(record: Record, name: str) -> list[str]:
+    """The commands that make and check a checkpoint again, where its plan was a file."""
+    command = record.plan.provenance.get("command")
+    words = shlex.split(command) if isinstance(command, str) else []
+    if words[:2] != ["expertcut", "plan"]:
+        return []
+    file = next((after for word, after in pairwise(words) if word in ("-o", "--out")), "plan.json")
+    return [shlex.join(("expertcut", "prune", record.source, name, "--plan", file)),
+            shlex.join(("expertcut", "verify", name, "--source", record.source))]  # fmt: skip
 
 
 def _plan(plan: Plan, profile: Profile | None) -> Section:
@@ -219,20 +185,36 @@ def _plan(plan: Plan, profile: Profile | None) -> Section:
     facts += [(name.replace("_", " "), _plain(value)) for name, value in plan.provenance.items()
               if value not in (None, {}, "", []) and name != "command" and not name.endswith("_text")]  # fmt: skip
     most = max(max(entry.kept) for entry in plan.layers.values()) + 1
-    figures = [] if profile else [kept_figure(plan, most)]
+    figures = [] if profile else [kept_figure(plan, most, {})]
     return Section("plan", "Plan", facts, figures, commands=[command] if isinstance(command, str) else [])
 
 
-def _profile(profile: Profile, plan: Plan | None, criterion: Criterion | None) -> Section:
+def _profile(profile: Profile, plan: Plan | None, by: str | None) -> Section:
     meta, tokens = profile.meta, profile.meta.tokens()
+    weights = None if by else _weights(plan, profile)
+    criterion = _criterion(by, plan, profile, weights)
+    sources = {_source(source) for data in meta.data for source in data.sources}
+    made = plan.provenance.get("profile") if plan else None
     facts = [
         ("model", meta.source), ("experts", f"{meta.experts} per MoE layer, top-{meta.top_k}"),
         ("MoE layers", str(len(meta.blocks))),
         ("tokens", f"{sum(tokens.values()):,}"),
         ("domains", ", ".join(f"{name} {count:,}" for name, count in tokens.items())),
-        ("forward pass", meta.dtype), ("digest", profile.digest()),
+        ("calibration text", ", ".join(sorted(sources))),
+        ("sequences of", ", ".join(sorted({f"{data.seq_len:,} tokens, seed {data.seed}" for data in meta.data}))),
+        ("forward pass", ", ".join((meta.dtype, *map(" ".join, sorted(meta.versions.items()))))),
+        ("digest", profile.digest()),
     ]  # fmt: skip
-    return Section("profile", "Routing", facts, profile_figures(profile, plan, criterion))
+    if made is not None and made != profile.digest():
+        facts.append(("the plan was made from", f"another profile: {made}"))
+    facts = [(name, value) for name, value in facts if value]
+    return Section("profile", "Routing", facts, profile_figures(profile, plan, criterion, weights))
+
+
+def _source(source: dict[str, Any]) -> str:
+    """Of a file its name alone: a page tells nothing of the machine that it was made on."""
+    name = str(source.get("name"))
+    return name if source.get("kind") == "hub" else last_part(name)
 
 
 def _sweep(document: dict[str, Any]) -> Section:
@@ -261,6 +243,11 @@ def _span(numbers: Sequence[int]) -> str:
     return str(most) if least == most else f"{least} to {most} by layer, {sum(numbers) / len(numbers):.2f} on average"
 
 
+def _mean(numbers: Sequence[int]) -> str:
+    least, most = min(numbers), max(numbers)
+    return str(most) if least == most else f"{sum(numbers) / len(numbers):.1f} on average"
+
+
 def _plain(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {_plain(member)}" for name, member in value.items() if member not in (None, [], {}))
@@ -272,7 +259,3 @@ def _plain(value: Any) -> str:
         else json.dumps(value)
     )
     return text if len(text) <= 300 else f"{text[:300]}… ({len(text):,} characters)"
-
-
-def _last(name: str) -> str:
-    return name.rstrip("/").rpartition("/")[2]

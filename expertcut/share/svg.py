@@ -1,4 +1,4 @@
-"""Numbers in, diagrams as SVG text out: lines with intervals, and heatmaps of any size. No library draws them.
+"""Numbers in, diagrams as SVG text out: lines and points with intervals, one axis each way. No library draws them.
 
 Colours are CSS variables that the page sets for light and dark, and every series has a dash and a marker of its own, so
 that no figure needs its colours. Invariant: the same numbers give the same text; what comes from files is escaped.
@@ -6,29 +6,21 @@ that no figure needs its colours. Invariant: the same numbers give the same text
 
 from __future__ import annotations
 
-import base64
 import math
-import struct
-import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
-
-import numpy as np
-from numpy.typing import NDArray
 
 WIDTH, HEIGHT = 720, 400
 LEFT, RIGHT, TOP, BOTTOM = 74, 20, 16, 52
 """Pixels around the plot, for axes."""
 LINE, CHARACTER = 22, 7.0
 """Pixels of a legend's line, and about what a character takes."""
-DASHES = ("", "7 3", "2 3", "9 3 2 3", "12 4", "4 2")
-SCALE = ("440154", "472d7b", "3b528b", "2c728e", "21918c", "28ae80", "5ec962", "addc30", "fde725")
-"""Colours of a heatmap from low to high: dark to light in any eye, and in print."""
-CELL, ACROSS = 20, 760
-"""Pixels of a heatmap's cell at most, and of all cells of a row, about, unless cells would be too small to hit."""
-TICKS = 6
-"""About so many on an axis."""
+TONES = 7
+"""Colours of series, which the page names s0, s1, …: a cycle of another length than dashes and markers."""
+DASHES = ("", "7 3", "2 3", "9 3 2 3", "12 4")
+TICKS, EVERY = 6, 16
+"""About so many on an axis; of whole numbers up to so many, each has one."""
 
 
 @dataclass(frozen=True)
@@ -67,64 +59,39 @@ class Series:
     faint: bool = False
     """True: a thin line behind the others, without points and without a place in the legend."""
     steps: bool = False
-    """True: the line keeps a point's height back to the point before it."""
+    """True: a line without points that keeps a point's height back to the point before it."""
 
 
-def diagram(title: str, x: Axis, y: Axis, series: Sequence[Series]) -> str:
-    """Return a diagram of series over numeric axes; there is a point at least."""
+def diagram(title: str, x: Axis, y: Axis, series: Sequence[Series], apart: float = 0) -> str:
+    """Return a diagram of series over numeric axes; there is a point at least.
+
+    Series are moved sideways by `apart` pixels each, so that whiskers at one place do not hide each other.
+    """
     marks = [mark for one in series for mark in one.marks]
     across = _Range.of(x, [mark.x for mark in marks], LEFT, WIDTH - RIGHT)
     ends = [end for mark in marks for end in (mark.low, mark.y, mark.high) if end is not None]
     up = _Range.of(y, ends, HEIGHT - BOTTOM, TOP)
     named = [one for one in series if not one.faint]
-    legend, depth = _legend([one.name for one in named]) if len(named) > 1 else ([], 0)
+    legend, depth = _legend(named) if len(named) > 1 else ([], 0)
     parts = [*_grid(across, up)]
-    parts += [_line(one, across, up, "faint") for one in series if one.faint]
+    parts += [_faint(one, across, up) for one in series if one.faint]
+    parts += [_line(one, across, up, "steps") for one in named if one.steps]
     for number, one in enumerate(named):
-        parts += _series(one, number, across, up)
-    return _svg(title, WIDTH, HEIGHT + depth, [*parts, *_labels(x, y), *legend])
+        if not one.steps:
+            parts += _series(one, number, across.moved(apart * (number - (len(named) - 1) / 2)), up)
+    return document(title, WIDTH, HEIGHT + depth, [*parts, *_labels(x, y), *legend])
 
 
-def heatmap(
-    title: str, values: NDArray[np.float64], rows: Sequence[str], x: str, y: str, scale: str, *, low: float,
-    high: float, form: str = ".2f", names: Sequence[str] = (),
-) -> str:  # fmt: skip
-    """Return a heatmap of (rows, columns) values, those beyond `low` and `high` in their colours, no number left empty.
-
-    `names` are those of the values 0, 1, … where they are kinds and no amounts; `scale` says what a colour stands for.
-    """
-    height, width = values.shape
-    cell = max(4, min(CELL, ACROSS // width))
-    tall = max(cell, min(22, 320 // height))
-    right, bottom = LEFT + width * cell, TOP + height * tall
-    tint = (values - low) / ((high - low) or 1)
-    image = _png(_colours(tint))
-    parts = [
-        f'<image class="cells" x="{LEFT}" y="{TOP}" width="{width * cell}" height="{height * tall}" '
-        f'preserveAspectRatio="none" style="image-rendering:pixelated" href="data:image/png;base64,{image}"/>',
-        f'<rect class="frame" x="{LEFT}" y="{TOP}" width="{width * cell}" height="{height * tall}"/>',
-        f'<rect class="cursor" x="{LEFT}" y="{TOP}" width="{cell}" height="{tall}" visibility="hidden"/>',
-    ]
-    every = max(1, math.ceil(14 / tall))
-    parts += [_text(LEFT - 6, TOP + (at + 0.5) * tall + 4, name, "end")
-              for at, name in enumerate(rows) if at % every == 0]  # fmt: skip
-    step = _nice(width / max(2, min(8, width * cell / 60)))
-    columns = range(0, width, max(1, round(step)))
-    parts += [_text(LEFT + (at + 0.5) * cell, bottom + 16, str(at)) for at in columns]
-    parts += [_text(LEFT + width * cell / 2, bottom + 36, x, css="name"), _turned(16, TOP + height * tall / 2, y)]
-    parts += _colour_key(LEFT, bottom + 52, scale, low, high, form, names)
-    wide = max(right + RIGHT, LEFT + 260)
-    return _svg(title, wide, bottom + 92, parts)
-
-
-def table_of(series: Sequence[Series], x: Axis, y: Axis) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Return the numbers of a diagram as columns and rows."""
+def table_of(
+    series: Sequence[Series], x: Axis, y: Axis, interval: str = "95 % interval"
+) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return the numbers of a diagram as columns and rows; whiskers are an `interval`."""
     rows = [
         (one.name, mark.note, _number(x, mark.x), _number(y, mark.y),
          "" if mark.low is None or mark.high is None else f"{_number(y, mark.low)} to {_number(y, mark.high)}")
         for one in series for mark in one.marks
     ]  # fmt: skip
-    columns = ("series", "point", x.label, y.label, "95 % interval")
+    columns = ("series", "point", x.label, y.label, interval)
     used = [at for at in range(len(columns)) if any(row[at] for row in rows)]
     return tuple(columns[at] for at in used), [tuple(row[at] for at in used) for row in rows]
 
@@ -139,6 +106,8 @@ class _Range:
     start: float
     end: float
     ticks: tuple[float, ...]
+    zero: bool
+    """True if it has a line at 0: some numbers are below it, or none is."""
 
     @classmethod
     def of(cls, axis: Axis, values: Sequence[float], start: float, end: float) -> _Range:
@@ -147,14 +116,19 @@ class _Range:
             exponents = range(math.floor(math.log2(low)), math.ceil(math.log2(high)) + 1)
             ticks = sorted({*values}) if len({*values}) <= 2 * TICKS else [2.0**e for e in exponents]
             room = (high / low) ** 0.04 if high > low else 1.5
-            return cls(axis, low / room, high * room, start, end, tuple(ticks))
+            return cls(axis, low / room, high * room, start, end, tuple(ticks), False)
         low = min(low, 0.0) if axis.zero else low
+        zero = axis.zero or low < 0
         room = 0.05 * (high - low) or abs(high) * 0.1 or 1.0
         low, high = low - room * (low != 0 or not axis.zero), high + room
-        step = max(_nice((high - low) / TICKS), float(axis.whole))
+        step = 1.0 if axis.whole and high - low <= EVERY else max(nice((high - low) / TICKS), float(axis.whole))
         first = math.ceil(low / step - 1e-9)
         count = math.floor(high / step + 1e-9) - first + 1
-        return cls(axis, low, high, start, end, tuple((first + i) * step for i in range(count)))
+        return cls(axis, low, high, start, end, tuple((first + i) * step for i in range(count)), zero)
+
+    def moved(self, pixels: float) -> _Range:
+        """The same axis, so many pixels further."""
+        return replace(self, start=self.start + pixels, end=self.end + pixels)
 
     def at(self, value: float) -> float:
         share = (
@@ -165,7 +139,7 @@ class _Range:
         return self.start + share * (self.end - self.start)
 
 
-def _nice(step: float) -> float:
+def nice(step: float) -> float:
     """The next of 1, 2 or 5 times a power of ten."""
     power = 10.0 ** math.floor(math.log10(step)) if step > 0 else 1.0
     return next(part * power for part in (1, 2, 5, 10) if part * power >= step * (1 - 1e-9))
@@ -179,31 +153,31 @@ def _grid(across: _Range, up: _Range) -> list[str]:
     parts = []
     for value in up.ticks:
         y = up.at(value)
-        strong = " zero" if value == 0 else ""
+        strong = " zero" if value == 0 and up.zero else ""
         parts.append(f'<line class="grid{strong}" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(_text(LEFT - 8, y + 4, _tick(up, value), "end"))
+        parts.append(text_at(LEFT - 8, y + 4, _tick(up, value), "end"))
     for value in across.ticks:
         x = across.at(value)
-        strong = " zero" if value == 0 and across.low < 0 else ""
+        strong = " zero" if value == 0 and across.zero else ""
         parts.append(f'<line class="grid{strong}" y1="{TOP}" y2="{HEIGHT - BOTTOM}" x1="{x:.1f}" x2="{x:.1f}"/>')
-        parts.append(_text(x, HEIGHT - BOTTOM + 18, _tick(across, value)))
+        parts.append(text_at(x, HEIGHT - BOTTOM + 18, _tick(across, value)))
     return parts
 
 
 def _tick(span: _Range, value: float) -> str:
     if span.axis.form.endswith("%"):
-        fine = span.high - span.low < 0.06
-        return f"{value:.1%}" if fine else f"{value:.0%}"
+        step = 100 * (span.ticks[1] - span.ticks[0]) if len(span.ticks) > 1 else 1.0
+        return f"{value + 0.0:.{max(0, -math.floor(math.log10(step) + 1e-9))}%}"
     return f"{value:.10g}"
 
 
 def _labels(x: Axis, y: Axis) -> list[str]:
     middle = TOP + (HEIGHT - BOTTOM - TOP) / 2
-    return [_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 12, x.label, css="name"), _turned(16, middle, y.label)]
+    return [text_at((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 12, x.label, css="name"), turned(16, middle, y.label)]
 
 
 def _series(one: Series, number: int, across: _Range, up: _Range) -> list[str]:
-    css = f"s{number % len(DASHES)}"
+    css = f"s{number % TONES}"
     parts = [_line(one, across, up, css, DASHES[number % len(DASHES)])] if one.line else []
     for mark in one.marks:
         x, y = across.at(mark.x), up.at(mark.y)
@@ -218,18 +192,30 @@ def _series(one: Series, number: int, across: _Range, up: _Range) -> list[str]:
                 f'M{x - 4:.1f} {bottom:.1f}h8"/>'
             )
             told[-1] += f" ({_number(up.axis, mark.low)} to {_number(up.axis, mark.high)})"
-        tip = escape("\n".join(filter(None, told)))
-        parts.append(f'<g class="mark {css}" tabindex="0" role="img" aria-label="{tip}" data-tip="{tip}">{whisker}'
-                     f"{_marker(number, x, y)}</g>")  # fmt: skip
+        parts.append(_told(told, f"mark {css}", whisker + _marker(number, x, y)))
     return parts
+
+
+def _faint(one: Series, across: _Range, up: _Range) -> str:
+    """A thin line that is as easily hit as a thick one, and tells all its points."""
+    told = [
+        one.name,
+        f"{up.axis.label} by {across.axis.label}:",
+        *(f"{_number(across.axis, m.x)}: {_number(up.axis, m.y)}" for m in one.marks),
+    ]
+    return _told(told, "mark thin", _line(one, across, up, "hit") + _line(one, across, up, "faint"))
+
+
+def _told(lines: Sequence[str], css: str, drawn: str) -> str:
+    tip = escape("\n".join(filter(None, lines)))
+    return f'<g class="{css}" tabindex="0" role="img" aria-label="{tip}" data-tip="{tip}">{drawn}</g>'
 
 
 def _line(one: Series, across: _Range, up: _Range, css: str, dash: str = "") -> str:
     points = [(across.at(mark.x), up.at(mark.y)) for mark in one.marks]
     turn = "".join(f"V{y:.1f}H{x:.1f}" if one.steps else f"L{x:.1f} {y:.1f}" for x, y in points[1:])
     dashes = f' stroke-dasharray="{dash}"' if dash else ""
-    name = f"<title>{escape(one.name)}</title>" if one.faint else ""
-    return f'<path class="line {css}" d="M{points[0][0]:.1f} {points[0][1]:.1f}{turn}"{dashes}>{name}</path>'
+    return f'<path class="line {css}" d="M{points[0][0]:.1f} {points[0][1]:.1f}{turn}"{dashes}/>'
 
 
 def _marker(number: int, x: float, y: float) -> str:
@@ -244,79 +230,49 @@ def _marker(number: int, x: float, y: float) -> str:
     return shapes[number % len(shapes)]
 
 
-def _legend(names: Sequence[str]) -> tuple[list[str], float]:
+def _legend(series: Sequence[Series]) -> tuple[list[str], float]:
     """Entries in lines below the plot, and the height that they take."""
-    parts, x, y = [], float(LEFT), HEIGHT + 10.0
-    for number, name in enumerate(names):
-        width = 40 + CHARACTER * len(name) + 14
-        if x > LEFT and x + width > WIDTH:
+    parts = []
+    places, depth = placed([one.name for one in series], 36, HEIGHT + 10, WIDTH)
+    for number, (one, (x, y)) in enumerate(zip(series, places, strict=True)):
+        if one.steps:
+            drawn = f'<path class="line steps" d="M{x:.1f} {y:.1f}h28"/>'
+        else:
+            css, dash = f"s{number % TONES}", DASHES[number % len(DASHES)]
+            dashes = f' stroke-dasharray="{dash}"' if dash else ""
+            line = f'<path class="line {css}" d="M{x:.1f} {y:.1f}h28"{dashes}/>' if one.line else ""
+            drawn = f'{line}<g class="mark {css}">{_marker(number, x + 14, y)}</g>'
+        parts.append(drawn + text_at(x + 36, y + 4, one.name, "start"))
+    return parts, depth
+
+
+def placed(names: Sequence[str], key: float, y: float, wide: float) -> tuple[list[tuple[float, float]], float]:
+    """Where the entries of a legend begin, `key` pixels before each name, and the height of all."""
+    places, x, first = [], float(LEFT), y
+    for name in names:
+        width = key + CHARACTER * len(name)
+        if x > LEFT and x + width > wide:
             x, y = float(LEFT), y + LINE
-        css, dash = f"s{number % len(DASHES)}", DASHES[number % len(DASHES)]
-        dashes = f' stroke-dasharray="{dash}"' if dash else ""
-        parts.append(
-            f'<path class="line {css}" d="M{x:.1f} {y:.1f}h28"{dashes}/><g class="mark {css}">'
-            f"{_marker(number, x + 14, y)}</g>{_text(x + 36, y + 4, name, 'start')}"
-        )
-        x += width
-    return parts, y - HEIGHT + 14
+        places.append((x, y))
+        x += width + 18
+    return places, y - first + LINE + 2
 
 
-def _colours(tint: NDArray[np.float64]) -> NDArray[np.uint8]:
-    """(rows, columns) between 0 and 1 → (rows, columns, 4) RGBA; what is no number is clear."""
-    anchors = np.array([[int(text[i : i + 2], 16) for i in (0, 2, 4)] for text in SCALE], float)
-    at = np.clip(np.nan_to_num(tint), 0, 1) * (len(SCALE) - 1)
-    first = np.minimum(at.astype(int), len(SCALE) - 2)
-    part = (at - first)[..., None]
-    colours = anchors[first] * (1 - part) + anchors[first + 1] * part
-    return np.concatenate([colours, 255.0 * ~np.isnan(tint)[..., None]], axis=-1).round().astype(np.uint8)
-
-
-def _png(pixels: NDArray[np.uint8]) -> str:
-    """Encode (H, W, 4) RGBA as base64 of a PNG (ISO/IEC 15948), every line unfiltered."""
-    height, width, _ = pixels.shape
-    lines = b"".join(b"\0" + line.tobytes() for line in pixels)
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    head = struct.pack(">IIBBBBB", width, height, 8, 6, 0, 0, 0)
-    parts = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(lines, 9)) + chunk(b"IEND", b"")
-    return base64.b64encode(b"\x89PNG\r\n\x1a\n" + parts).decode()
-
-
-def _colour_key(
-    x: float, y: float, scale: str, low: float, high: float, form: str, names: Sequence[str]
-) -> list[str]:  # fmt: skip
-    if names:
-        parts = []
-        for number, name in enumerate(names):
-            colour = "#" + "".join(f"{c:02x}" for c in _colours(np.array([[(number - low) / (high - low)]]))[0, 0, :3])
-            parts.append(f'<rect class="frame" x="{x}" y="{y}" width="14" height="14" style="fill:{colour}"/>'
-                         f'{_text(x + 20, y + 11, name, "start")}')  # fmt: skip
-            x += 34 + CHARACTER * len(name)
-        return parts
-    ramp = _png(_colours(np.linspace(0, 1, 64)[None]))
-    return [
-        f'<image x="{x}" y="{y}" width="160" height="12" preserveAspectRatio="none" '
-        f'href="data:image/png;base64,{ramp}"/>',
-        f'<rect class="frame" x="{x}" y="{y}" width="160" height="12"/>',
-        _text(x, y + 28, format(low, form), "start"), _text(x + 160, y + 28, format(high, form), "end"),
-        _text(x + 170, y + 11, scale, "start"),
-    ]  # fmt: skip
-
-
-def _text(x: float, y: float, text: str, anchor: str = "middle", css: str = "tick") -> str:
+def text_at(x: float, y: float, text: str, anchor: str = "middle", css: str = "tick") -> str:
+    """Return words at a place."""
     return f'<text class="{css}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
-def _turned(x: float, y: float, text: str) -> str:
+def turned(x: float, y: float, text: str) -> str:
+    """Return an axis's words, from below upwards."""
     return (
         f'<text class="name" transform="translate({x:.1f} {y:.1f}) rotate(-90)" text-anchor="middle">'
         f"{escape(text)}</text>"
     )
 
 
-def _svg(title: str, width: float, height: float, parts: Sequence[str]) -> str:
+def document(title: str, width: float, height: float, parts: Sequence[str]) -> str:
+    """Return a whole picture."""
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" width="{width:g}" '
         f'height="{height:g}" role="group" aria-label="{escape(title)}"><title>{escape(title)}</title>'
