@@ -16,7 +16,7 @@ from expertcut.measure.bench import Bench, Cell, Machine, Sample, Variant, cells
 from expertcut.measure.bench_plot import save_plot
 from expertcut.measure.completions import Reply
 from expertcut.measure.intervals import geometric
-from expertcut.measure.prompts import Prompts, read_prompts
+from expertcut.measure.prompts import LEAST, Prompts, read_prompts
 from expertcut.measure.rounds import Outcome, groups, take_turns
 
 A, B, C, D = (
@@ -202,7 +202,7 @@ def test_variants_get_the_same_prompts_and_rounds_get_others() -> None:
     log, _ = turns([A, B], [TWO], 3, 2)
     assert log.prompts["a"] == log.prompts["b"]
     seen = [tuple(prompt) for prompts in log.prompts["a"] for prompt in prompts]  # type: ignore[attr-defined]
-    assert len(set(seen)) == len(seen) == 2 * (1 + 3)
+    assert len(set(seen)) == len(seen) == LEAST * (1 + 3)
 
 
 def test_random_prompts_are_seeded_and_keep_off_the_ends_of_the_vocabulary() -> None:
@@ -215,7 +215,8 @@ def test_random_prompts_are_seeded_and_keep_off_the_ends_of_the_vocabulary() -> 
 
 def test_given_prompts_take_turns() -> None:
     given = Prompts([[1], [2], [3]], 1600, 0, 1)
-    assert [given.draw(TWO, number) for number in range(3)] == [[[1], [2]], [[3], [1]], [[2], [3]]]
+    turns = [[prompt[0] for prompt in given.draw(TWO, number)] for number in range(3)]
+    assert turns == [[1, 2, 3, 1], [2, 3, 1, 2], [3, 1, 2, 3]]
 
 
 def test_prompts_of_files(tmp_path: Path, demo_model: Path) -> None:
