@@ -7,6 +7,7 @@ experts than its groups hold. Stock runtimes load the result unless the plan say
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -83,7 +84,7 @@ class Plan(_Record):
             PlanError: the file is missing, not JSON, of another schema, or has a wrong, missing or unknown field.
         """
         path = Path(path)
-        if not Path(path).is_file():
+        if not os.path.isfile(path):  # of a name that is too long `Path.is_file` raises
             raise PlanError(f"{path}: no such file", "make a plan with `expertcut plan`")
         try:
             data = load_json(path)

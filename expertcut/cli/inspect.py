@@ -45,6 +45,7 @@ def inspect(ctx: typer.Context, model: Model, revision: Revision = None, as_json
 
 def _rows(s: Summary) -> list[tuple[str, object]]:
     from expertcut.cli.tables import ranges, size
+    from expertcut.model.summary import by_layer
 
     groups = f"{s.n_group}, of which a token uses {s.topk_group}" if s.n_group > 1 else "none"
     return [
@@ -52,8 +53,8 @@ def _rows(s: Summary) -> list[tuple[str, object]]:
         ("decoder layers", s.layers),
         ("with routed experts", ranges(s.moe_layers)),
         ("multi-token prediction", ranges(s.mtp_layers) or "none"),
-        ("experts per layer", _by_layer(s.layer_experts)),
-        ("top-k", _by_layer(s.layer_top_k)),
+        ("experts per layer", by_layer(s.layer_experts)),
+        ("top-k", by_layer(s.layer_top_k)),
         ("groups", groups),
         ("gate weights", f"{s.scoring}, {'' if s.renormalise else 'not '}renormalised"),
         ("hidden size", s.hidden),
@@ -73,12 +74,6 @@ def _rows(s: Summary) -> list[tuple[str, object]]:
 def _range(numbers: Sequence[int]) -> str:
     least, most = min(numbers), max(numbers)
     return str(most) if least == most else f"{least} to {most}"
-
-
-def _by_layer(numbers: Sequence[int]) -> str:
-    """One number where all layers agree, else a range and the mean."""
-    mean = f" by layer, {sum(numbers) / len(numbers):.2f} on average" if len(set(numbers)) > 1 else ""
-    return _range(numbers) + mean
 
 
 def _count(parameters: int | None) -> str:

@@ -100,6 +100,9 @@ class Machine(_Record):
     settings: dict[str, str]
     """Environment variables that decide how an engine uses it."""
 
+    def __str__(self) -> str:
+        return ", ".join((*self.gpus, f"{self.cores} cores of {self.cpu}"))
+
 
 class Bench(_Record):
     """A whole run of `expertcut bench`."""

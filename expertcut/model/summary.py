@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -89,6 +89,13 @@ def is_second(geometry: Geometry, block: MoeBlock, name: str) -> bool:
     """Return whether a tensor is of an expert that text does not use."""
     role = geometry.roles[name]
     return geometry.family.sets > 1 and isinstance(role, ExpertTensor) and role.expert >= block.experts
+
+
+def by_layer(numbers: Sequence[int]) -> str:
+    """Return one number where all layers agree, else their range and mean, for reading."""
+    least, most = min(numbers), max(numbers)
+    mean = sum(numbers) / len(numbers)
+    return str(most) if least == most else f"{least} to {most} by layer, {mean:.2f} on average"
 
 
 def max_positions(checkpoint: Checkpoint, geometry: Geometry) -> int | None:

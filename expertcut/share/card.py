@@ -16,7 +16,7 @@ from expertcut.choose.criteria import get_criterion
 from expertcut.choose.plan import LayerPlan, Plan
 from expertcut.errors import ProfileError, UsageError
 from expertcut.model import Geometry
-from expertcut.model.summary import summarise
+from expertcut.model.summary import by_layer, summarise
 from expertcut.rewrite.record import Record
 from expertcut.runtimes.lint import LintFinding, lint, lint_subject
 from expertcut.share.metadata import head, metadata, source_metadata
@@ -110,8 +110,8 @@ def _sizes(record: Record, old: Numbers, new: Numbers, geometry: Geometry) -> li
     experts = [block.experts for block in geometry.trunk]
     top_k = [block.top_k for block in geometry.trunk]
     rows = [
-        ("routed experts per MoE layer", str(record.before.experts), _spread(experts)),
-        ("of these, per token (top-k)", str(record.before.top_k), _spread(top_k)),
+        ("routed experts per MoE layer", str(record.before.experts), by_layer(experts)),
+        ("of these, per token (top-k)", str(record.before.top_k), by_layer(top_k)),
         ("weights", f"{format_size(old.nbytes)}", f"{format_size(new.nbytes)} ({_share(new.nbytes, old.nbytes)})"),
     ]
     for what, was, now in (
@@ -191,12 +191,6 @@ def _profile(profile: Profile) -> dict[str, Any]:
 
 def _notes(findings: Sequence[LintFinding]) -> list[tuple[str, str, str]]:
     return [(f"{f.runtime} {f.version}", f.status, f.reason.replace("|", "\\|")) for f in findings]
-
-
-def _spread(numbers: Sequence[int]) -> str:
-    least, most = min(numbers), max(numbers)
-    mean = f", {sum(numbers) / len(numbers):.2f} on average"
-    return str(most) if least == most else f"{least} to {most} by layer{mean}"
 
 
 def _share(part: int, whole: int) -> str:

@@ -48,7 +48,7 @@ def sweep_figures(document: Mapping[str, Any]) -> list[Figure]:
 def bench_figures(bench: Bench) -> list[Figure]:
     """Return throughput and latency over the load; figures for each length of prompts and answers."""
     machine = bench.machine
-    where = f" on {', '.join((*machine.gpus, f'{machine.cores} cores of {machine.cpu}'))}" if machine else ""
+    where = f" on {machine}" if machine else ""
     lengths = list(dict.fromkeys((row.input_len, row.output_len) for row in bench.rows))
     figures = []
     for number, (prompt, answer) in enumerate(lengths):

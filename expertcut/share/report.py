@@ -21,7 +21,7 @@ from expertcut.choose.plan import Plan
 from expertcut.errors import DataError, ProfileError, UsageError
 from expertcut.measure.bench import Bench
 from expertcut.model import Geometry, read_geometry
-from expertcut.model.summary import summarise
+from expertcut.model.summary import by_layer, summarise
 from expertcut.rewrite.record import Record
 from expertcut.runtimes.lint import LintFinding, lint, lint_subject
 from expertcut.share.curves import bench_figures, sweep_figures
@@ -155,8 +155,8 @@ def _checkpoint(checkpoint: Checkpoint, record: Record) -> Section:
     facts = [
         ("made from", record.source),
         ("weights", f"{format_size(before.nbytes)} → {format_size(summary.nbytes)}{share}"),
-        ("experts per MoE layer", f"{before.experts} → {_span(summary.layer_experts)}"),
-        ("of these, per token (top-k)", f"{before.top_k} → {_span(summary.layer_top_k)}"),
+        ("experts per MoE layer", f"{before.experts} → {by_layer(summary.layer_experts)}"),
+        ("of these, per token (top-k)", f"{before.top_k} → {by_layer(summary.layer_top_k)}"),
         ("parameters", "not told by quantised weights" if summary.parameters is None else f"{summary.parameters:,}"),
         ("activated per token", "–" if summary.activated is None else f"{summary.activated:,}"),
         ("family", summary.family), ("written by", record.tool),
@@ -179,8 +179,8 @@ def _again(record: Record, name: str) -> list[str]:
 def _plan(plan: Plan, profile: Profile | None) -> Section:
     kept = [len(entry.kept) for entry in plan.layers.values()]
     top_k = [entry.top_k for entry in plan.layers.values() if entry.top_k is not None]
-    facts = [("model", plan.source.name), ("MoE layers", str(len(kept))), ("experts kept per layer", _span(kept)),
-             ("top-k", _span(top_k) if top_k else "unchanged")]  # fmt: skip
+    facts = [("model", plan.source.name), ("MoE layers", str(len(kept))), ("experts kept per layer", by_layer(kept)),
+             ("top-k", by_layer(top_k) if top_k else "unchanged")]  # fmt: skip
     command = plan.provenance.get("command")
     facts += [(name.replace("_", " "), _plain(value)) for name, value in plan.provenance.items()
               if value not in (None, {}, "", []) and name != "command" and not name.endswith("_text")]  # fmt: skip
@@ -232,15 +232,10 @@ def _bench(bench: Bench) -> Section:
     machine = bench.machine
     facts = [("engine", bench.engine), ("prompts", bench.prompts)]
     if machine:
-        facts.append(("machine", ", ".join((*machine.gpus, f"{machine.cores} cores of {machine.cpu}"))))
+        facts.append(("machine", str(machine)))
     if not bench.complete:
         facts.append(("complete", "no: the run was cut short"))
     return Section("bench", "Under load", facts, bench_figures(bench), commands=[bench.command])
-
-
-def _span(numbers: Sequence[int]) -> str:
-    least, most = min(numbers), max(numbers)
-    return str(most) if least == most else f"{least} to {most} by layer, {sum(numbers) / len(numbers):.2f} on average"
 
 
 def _mean(numbers: Sequence[int]) -> str:

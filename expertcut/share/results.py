@@ -97,7 +97,7 @@ def _speed(bench: Bench) -> Table:
         for row in bench.rows
     )  # fmt: skip
     machine = bench.machine
-    where = f" on {', '.join((*machine.gpus, f'{machine.cores} cores of {machine.cpu}'))}" if machine else ""
+    where = f" on {machine}" if machine else ""
     cut = "" if bench.complete else " The run was cut short."
     note = (
         f"Tokens written per second in {bench.engine}{where}, median over rounds; ratio to the first variant in the "
