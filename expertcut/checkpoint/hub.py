@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from expertcut.checkpoint.companions import WEIGHT_SUFFIXES
-from expertcut.checkpoint.hub_errors import explain
+from expertcut.checkpoint.hub_errors import client_errors, explain
 from expertcut.checkpoint.local import SINGLE, find_index, read_index
 from expertcut.checkpoint.remote import HubFiles
 from expertcut.errors import HubError
@@ -95,16 +95,13 @@ def _snapshot(
     repo: str, revision: str | None, *, allow: list[str] | None = None, ignore: list[str] | None = None
 ) -> Path:
     import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError
 
-    # HTTPError of the HTTP library below, which differs between versions of the client.
-    transport: type[Exception] = HfHubHTTPError.__mro__[1]
     try:
         with _silent():
             return Path(
                 huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=allow, ignore_patterns=ignore)
             )
-    except (OSError, ValueError, transport) as error:  # ValueError: a malformed name, token or address
+    except client_errors() as error:
         raise explain(error, repo, revision) from None
 
 

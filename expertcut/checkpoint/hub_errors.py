@@ -5,6 +5,16 @@ from __future__ import annotations
 from expertcut.errors import HubError
 
 
+def client_errors() -> tuple[type[Exception], ...]:
+    """Return what the client raises: its own errors, those of the HTTP library below, which differs, and ValueErrors.
+
+    The last are malformed names, tokens or addresses.
+    """
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return (OSError, ValueError, HfHubHTTPError.__mro__[1])
+
+
 def explain(error: Exception, repo: str, revision: str | None) -> HubError:
     """Say what went wrong with a repository at a revision, without a word of the client's."""
     from huggingface_hub import errors

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from expertcut.checkpoint.hub_errors import explain, refused
+from expertcut.checkpoint.hub_errors import client_errors, explain, refused
 from expertcut.errors import HubError
 
 CONNECTIONS = 8
@@ -184,7 +184,7 @@ class HubFiles:
                         raise HubError(f"{self.repo}: {name}: the server sent more bytes than it was asked for")
                     left -= len(chunk)
                     yield chunk
-        except _client_errors() as error:
+        except client_errors() as error:
             raise self._failed(error) from None
 
     def _check(self, response: Any, name: str, place: _Place, offset: int, end: int) -> None:
@@ -232,7 +232,7 @@ class HubFiles:
         try:
             url = hf_hub_url(self.repo, name, revision=self.commit)
             found, headers = get_hf_file_metadata(url), build_hf_headers()
-        except _client_errors() as error:
+        except client_errors() as error:
             raise self._failed(error, name) from None
         if found.size is None or found.etag is None:
             raise HubError(f"{self.repo}: {name}: the Hub gives no size or no ETag", f"hf download {self.repo}")
@@ -291,13 +291,6 @@ def blocks(offset: int, end: int) -> Iterator[tuple[int, int]]:
     """Cut a byte range into pieces (offset, bytes) that one request each may ask for."""
     for start in range(offset, end, BLOCK):
         yield start, min(BLOCK, end - start)
-
-
-def _client_errors() -> tuple[type[Exception], ...]:
-    """What the client raises: its own errors, those of the HTTP library below, which differs, and malformed input."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    return (OSError, ValueError, HfHubHTTPError.__mro__[1])
 
 
 def _asked_to_wait(response: Any) -> float | None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from expertcut.checkpoint.hub_errors import client_errors
 from expertcut.choose.budget import format_size
 from expertcut.errors import HubError
 from expertcut.rewrite.verify import CARD
@@ -164,16 +165,14 @@ def _close(api: HfApi, target: Target, files: Mapping[str, Path | bytes]) -> str
 @contextlib.contextmanager
 def _explained(repo: str) -> Iterator[None]:
     """Silence the client's log, and turn what it raises into one line of ours. Raises: HubError."""
-    from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.utils.logging import get_verbosity, set_verbosity
 
-    # HTTPError of the HTTP library below, which differs between versions of the client.
-    transport: type[Exception] = HfHubHTTPError.__mro__[1]
+    raised: tuple[type[Exception], ...] = (*client_errors(), RuntimeError)  # the last: an upload that failed
     level = get_verbosity()
     set_verbosity(logging.CRITICAL)
     try:
         yield
-    except (OSError, ValueError, RuntimeError, transport) as error:  # RuntimeError: an upload that failed
+    except raised as error:
         raise _explain(error, repo) from None
     finally:
         set_verbosity(level)
