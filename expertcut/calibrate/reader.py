@@ -10,7 +10,7 @@ import mmap
 import os
 import threading
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
@@ -31,8 +31,8 @@ class TensorReader:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
-        self.factors: Mapping[str, float] = {}
-        """Tensors that are handed out with every value multiplied and rounded, as a plan's gain leaves them."""
+        self.changes: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {}
+        """Tensors that are handed out as a plan leaves them: what it makes of their values, as they are stored."""
         self.fetched = Fetched(checkpoint.remote) if checkpoint.remote else None
         """What is held of tensors on the Hub; None: they are on this machine."""
         self._maps: dict[str, mmap.mmap] = {}
@@ -82,8 +82,8 @@ class TensorReader:
         if flat.data_ptr() % dtype.itemsize:
             flat = flat.clone()
         values = flat.view(dtype).view(shape)
-        factor = self.factors.get(name)
-        return values if factor is None else _times(values, factor)
+        change = self.changes.get(name)
+        return values if change is None else change(values)
 
     def begin(self, names: Iterable[str]) -> None:
         """Say that these tensors will all be read now: from the Hub, they come side by side then."""
@@ -143,7 +143,7 @@ class TensorReader:
             mapping.madvise(advice, start, length)
 
 
-def _times(values: torch.Tensor, factor: float) -> torch.Tensor:
-    """Each value times a factor, rounded to nearest in the dtype that it is stored in."""
+def times(values: torch.Tensor, factor: float) -> torch.Tensor:
+    """Return each value times a factor, rounded to nearest in the dtype that it is stored in."""
     wide = values.double() * factor
     return wide.float().to(values.dtype) if values.dtype == torch.bfloat16 else wide.to(values.dtype)

@@ -70,11 +70,17 @@ class ResidualStream:
 
 def open_residual(layer: nn.Module, experts: str, config: PreTrainedConfig) -> ResidualStream | None:
     """Watch the residual stream of a decoder layer; None in model types where the experts' sum joins it otherwise."""
+    factor = joining_factor(config)
+    return None if factor is None else ResidualStream(layer, experts.rpartition(".")[0], factor)
+
+
+def joining_factor(config: PreTrainedConfig) -> float | None:
+    """Return c; None in model types where the experts' sum joins the residual stream otherwise."""
     text: Any = config.get_text_config()
     if text.model_type in ELSEWHERE:
         return None
     key = FACTORS.get(text.model_type)
-    return ResidualStream(layer, experts.rpartition(".")[0], 1.0 if key is None else float(getattr(text, key)))
+    return 1.0 if key is None else float(getattr(text, key))
 
 
 def _products(h_TH: torch.Tensor, y_TH: torch.Tensor) -> torch.Tensor:

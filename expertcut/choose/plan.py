@@ -12,12 +12,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, StrictInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, PrivateAttr, StrictInt, ValidationError
 
 from expertcut.checkpoint.jsonio import load_json, shown
 from expertcut.checkpoint.textio import replace_text
 from expertcut.errors import CheckpointError, PlanError
-from expertcut.model import Fingerprint, Geometry
+from expertcut.model import Fingerprint, Geometry, MoeBlock
 from expertcut.model.uneven import LayerNumbers
 
 SCHEMA: Literal["expertcut.plan/1"] = "expertcut.plan/1"
@@ -43,6 +43,15 @@ class LayerPlan(_Record):
     """Factor on what the routed experts add up to; None: 1."""
 
 
+class Deltas(_Record):
+    """Tensors that get new values, which lie in a file beside the plan."""
+
+    file: Annotated[str, Field(pattern=r"^[^/\\]+$")]
+    """Its name, in the plan's folder."""
+    tensors: Annotated[dict[str, Annotated[str, Field(pattern="^[0-9a-f]{64}$")]], Field(min_length=1)]
+    """Name in the source → sha256 of the new bytes, those of kept experts only."""
+
+
 class Source(_Record):
     """The model that a plan was made for."""
 
@@ -64,8 +73,11 @@ class Plan(_Record):
     groups: Literal["keep"] = "keep"
     mtp: Literal["lockstep", "drop"] = "lockstep"
     """What becomes of multi-token-prediction layers: pruned like the others, or dropped with their config field."""
+    deltas: Deltas | None = None
+    """New values of tensors, as `heal` finds them; None: all are the source's."""
     provenance: dict[str, JsonValue] = {}
     """How the plan was made: criterion, budget, protection, profile, command."""
+    _folder: Path | None = PrivateAttr(None)
 
     @property
     def experts(self) -> int:
@@ -75,6 +87,23 @@ class Plan(_Record):
     def top_k(self, geometry: Geometry) -> int:
         """Return the experts activated per token under this plan, the largest number."""
         return max(entry.top_k or geometry.top_k for entry in self.layers.values())
+
+    @property
+    def deltas_path(self) -> Path:
+        """Where the file of new values lies.
+
+        Raises:
+            PlanError: there is none, or the plan was not read from a file of its own.
+        """
+        if self.deltas is None or self._folder is None:
+            raise PlanError("the new values of its tensors are not beside this plan", "pass the file that `heal` wrote")
+        return self._folder / self.deltas.file
+
+    def beside(self, folder: Path, deltas: Deltas | None) -> Self:
+        """Return the plan with these new values of tensors, in a file of `folder`."""
+        made = self.model_copy(update={"deltas": deltas})
+        made._folder = folder if deltas else None
+        return made
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -94,9 +123,10 @@ class Plan(_Record):
             found = data.get("schema") if isinstance(data, dict) else type(data).__name__
             raise PlanError(f"{path}: $.schema is {found!r}, expected {SCHEMA!r}", _AGAIN)
         try:
-            return cls.model_validate(data)
+            plan = cls.model_validate(data)
         except ValidationError as error:
             raise PlanError(f"{path}: {_first_error(error)}", _AGAIN) from error
+        return plan.beside(path.absolute().parent, plan.deltas) if plan.deltas else plan
 
     def to_text(self) -> str:
         """Return the file's contents: JSON, the kept ids of a layer on one line."""
@@ -145,6 +175,16 @@ def gains(plan: Plan, geometry: Geometry) -> dict[str, float]:
         for block in geometry.blocks.values()
         for key, stand_in in zip(block.keys, lockstep, strict=True)
     }
+
+
+def deltas_of(plan: Plan, block: MoeBlock) -> dict[str, str]:
+    """Return the tensors of a block that the plan has new values for, the router's and shared experts' included.
+
+    By their names in the source; with the sha256 of the new bytes.
+    """
+    named = plan.deltas.tensors.items() if plan.deltas else ()
+    own = {block.router, *block.tensors}
+    return {name: digest for name, digest in named if name in own or name.startswith(f"{block.prefix}.")}
 
 
 def numbers(plan: Plan, geometry: Geometry) -> LayerNumbers:

@@ -141,6 +141,8 @@ def gain_rows(checkpoint: Checkpoint, geometry: Geometry, plan: Plan) -> list[tu
     if found == [1.0]:
         return []
     edits, factors = config_gain(checkpoint.config, geometry, plan), folded(checkpoint, geometry, plan)
+    if not (edits or factors):
+        return []  # the new values of its tensors hold them
     value = " to ".join(f"{gain:g}" for gain in found[:1] + found[1:][-1:])
     if edits:
         return [("gain", f"{value}, by the config alone: {', '.join(map(describe, edits))}")]

@@ -2,13 +2,16 @@
 
 A variant is built from the config that the plan would write and shares the base layer's tensors. It differs in two
 things: its router's rows are those of the kept experts, and its experts are the base's, called by their original
-numbers. So one read of the weights serves the base and any number of plans. Where a plan folds a gain into the experts'
-last projection, the variant has one of its own.
+numbers. So one read of the weights serves the base and any number of plans. Of tensors that a plan folds a gain into, or
+has new values for, the variant has its own.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,10 +19,13 @@ from torch import nn
 
 from expertcut.calibrate import hf
 from expertcut.calibrate.executor import LayerStream, find_experts, find_layers, idle_experts
-from expertcut.checkpoint import read_array
+from expertcut.calibrate.reader import DTYPES, times
+from expertcut.checkpoint import TensorInfo, read_array
 from expertcut.choose.plan import Plan, kept_by_block, numbers
+from expertcut.model import Sliced
 from expertcut.model.hashing import remap, stand_ins
 from expertcut.rewrite.config import edit_config
+from expertcut.rewrite.deltas import new_tensors, read_new
 from expertcut.rewrite.gain import folded
 from expertcut.rewrite.layout import config_edits
 
@@ -48,9 +54,43 @@ def _replaced(module: nn.Module, path: str, tensor: torch.Tensor) -> nn.Module:
     own, (head, _, rest) = copy.copy(module), path.partition(".")
     if rest:
         own._modules = module._modules | {head: _replaced(module.get_submodule(head), rest, tensor)}
+    elif head in module._buffers:
+        own._buffers = module._buffers | {head: tensor}
     else:
         own._parameters = module._parameters | {head: nn.Parameter(tensor, requires_grad=False)}
     return own
+
+
+def _changes(stream: LayerStream, plan: Plan) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+    """What becomes of the values of tensors that the plan changes, by their names in the source."""
+    checkpoint, geometry = stream.checkpoint, stream.geometry
+    changes: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        name: partial(times, factor=factor) for name, factor in folded(checkpoint, geometry, plan).items()
+    }
+    new, kept = new_tensors(checkpoint, geometry, plan), kept_by_block(plan, geometry)
+    for name, info in new.items():
+        assert plan.deltas is not None
+        role, read = geometry.roles[name], partial(_new_values, info, plan.deltas.tensors[name])
+        if isinstance(role, Sliced):
+            ids = (*kept[role.block], *range(geometry.num_experts, geometry.num_experts + role.tail))
+            rows = [e * role.unit + row for e in ids for row in range(role.unit)]
+            changes[name] = partial(_with_rows, read=read, axis=role.axis, rows=rows)
+        else:
+            changes[name] = partial(_instead, read=read)
+    return changes
+
+
+def _new_values(info: TensorInfo, digest: str) -> torch.Tensor:
+    return torch.from_numpy(read_new(info, digest)).view(DTYPES[info.dtype]).view(info.shape)
+
+
+def _instead(stored: torch.Tensor, read: Callable[[], torch.Tensor]) -> torch.Tensor:
+    return read()
+
+
+def _with_rows(stored: torch.Tensor, read: Callable[[], torch.Tensor], axis: int, rows: list[int]) -> torch.Tensor:
+    """The stored tensor with new values in some rows; those of dropped experts are never used."""
+    return stored.index_copy(axis, torch.tensor(rows), read())
 
 
 class Variant:
@@ -63,15 +103,16 @@ class Variant:
         self.top_k, self._stream = numbers(plan, geometry).top_k, stream
         raw = edit_config(stream.checkpoint.config, config_edits(stream.checkpoint, geometry, plan))
         self._layers = find_layers(hf.build_model(hf.config_like(stream.config, raw), raw, stream.dtype))[1]
-        self._factors = folded(stream.checkpoint, geometry, plan)
+        self._changes = _changes(stream, plan)
 
     def layer(self, index: int, base: nn.Module) -> nn.Module:
         """Return the layer of this variant; valid as long as the base's layer is."""
+        base = self._with_changes(index, base)
         layer, experts = copy.deepcopy(self._layers[index]), find_experts(base)
         if experts is not None:
             parent, _, leaf = experts.rpartition(".")
-            own = self._with_gain(index, experts, base.get_submodule(experts))
-            setattr(layer.get_submodule(parent), leaf, Renumbered(own, self.numbers(index, base)))
+            own = Renumbered(base.get_submodule(experts), self.numbers(index, base))
+            setattr(layer.get_submodule(parent), leaf, own)
         self.fill(index, layer, base)
         return layer
 
@@ -94,23 +135,33 @@ class Variant:
                 tensor = nn.Parameter(tensor.index_select(axis, kept[: mine.shape[axis]]), requires_grad=False)
             store[leaf] = tensor  # type: ignore[assignment]
 
+    def stored(self, name: str) -> torch.Tensor:
+        """Return a tensor of the source as the plan leaves its values, in the dtype and order that it is stored in."""
+        with self._changing():
+            return self._stream.reader.view(name)
+
     def numbers(self, index: int, base: nn.Module) -> torch.Tensor:
         """Return the base's numbers of this variant's experts, and of what comes behind them: (E' + tail,) int64."""
         geometry = self._stream.geometry
         tail = range(geometry.num_experts, geometry.num_experts + geometry.tail)
         return torch.tensor((*self.kept[index], *tail), device=next(base.parameters()).device)
 
-    def _with_gain(self, index: int, name: str, experts: nn.Module) -> nn.Module:
-        """The base's experts, with what the plan folds a gain into read again, as it would be written."""
-        stream, prefix = self._stream, f"{self._stream.prefix}.{index}.{name}"
-        stream.reader.factors = self._factors
+    def _with_changes(self, index: int, base: nn.Module) -> nn.Module:
+        """The base's layer, with those tensors whose values the plan changes read again, as they would be written."""
+        loader, prefix = self._stream.loader, f"{self._stream.prefix}.{index}"
+        with self._changing():
+            for target in loader.made_of(self._changes, prefix):
+                base = _replaced(base, target.removeprefix(f"{prefix}."), loader.parameter(target))
+        return base
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Let the reader hand out tensors with the values that the plan gives them."""
+        self._stream.reader.changes = self._changes
         try:
-            for target in stream.loader.made_of(self._factors, prefix):
-                whole = stream.loader.parameter(target)
-                experts = _replaced(experts, target.removeprefix(f"{prefix}."), whole)
+            yield
         finally:
-            stream.reader.factors = {}
-        return experts
+            self._stream.reader.changes = {}
 
     def _is_table(self, leaf: str) -> bool:
         table = self._stream.geometry.family.hash_table

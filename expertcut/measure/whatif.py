@@ -10,6 +10,7 @@ Shapes: B sequences, C positions, T = B·C tokens, V vocabulary, N models, S seq
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from expertcut.calibrate.passage import Advance, Notify, Passage
 from expertcut.calibrate.run import ProfileOptions, open_stream
 from expertcut.calibrate.transfer import fetch
 from expertcut.checkpoint.types import Checkpoint
-from expertcut.choose.plan import LayerPlan, Plan, validate
+from expertcut.choose.plan import LayerPlan, Plan, deltas_of, validate
 from expertcut.errors import DataError, UsageError
 from expertcut.measure.quality import BASE, WhatIf
 from expertcut.measure.variants import Variant
@@ -93,10 +94,19 @@ def run_plans(
     return passage, tracks
 
 
-def _part(passage: Passage, tracks: Sequence[int], changes: Sequence[LayerPlan | None]) -> list[int]:
+@dataclass(frozen=True)
+class _Change:
+    """What a plan does in a layer."""
+
+    entry: LayerPlan
+    deltas: frozenset[str]
+    """sha256 of the new values of its tensors."""
+
+
+def _part(passage: Passage, tracks: Sequence[int], changes: Sequence[_Change | None]) -> list[int]:
     """Let plans that now do something else than the first on their track go on a track of their own."""
-    stays: dict[int, LayerPlan | None] = {0: None}
-    branches: dict[tuple[int, LayerPlan | None], int] = {}
+    stays: dict[int, _Change | None] = {0: None}
+    branches: dict[tuple[int, _Change | None], int] = {}
     found = []
     for track, change in zip(tracks, changes, strict=True):
         if stays.setdefault(track, change) == change:
@@ -108,7 +118,7 @@ def _part(passage: Passage, tracks: Sequence[int], changes: Sequence[LayerPlan |
     return found
 
 
-def _change(plan: Plan, geometry: Geometry, index: int) -> LayerPlan | None:
+def _change(plan: Plan, geometry: Geometry, index: int) -> _Change | None:
     """What a plan does in a layer, None if that is nothing."""
     block = next((block for block in geometry.trunk if block.layer == index), None)
     if block is None:
@@ -116,7 +126,9 @@ def _change(plan: Plan, geometry: Geometry, index: int) -> LayerPlan | None:
     entry = plan.layers[block.prefix]
     if entry.top_k == geometry.top_k:
         entry = entry.model_copy(update={"top_k": None})
-    return None if entry == LayerPlan(layer=index, kept=tuple(range(geometry.num_experts))) else entry
+    change = _Change(entry, frozenset(deltas_of(plan, block).values()))
+    untouched = _Change(LayerPlan(layer=index, kept=tuple(range(geometry.num_experts))), frozenset())
+    return None if change == untouched else change
 
 
 def _compare(passage: Passage, sequences: int) -> np.ndarray:

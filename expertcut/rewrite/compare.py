@@ -6,6 +6,7 @@ are compared buffer by buffer, tensors of short parts in pieces.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -46,6 +47,8 @@ class Survivor:
     """For a table of expert ids: who takes over from whom."""
     factor: float | None = None
     """What every value is multiplied by, where the plan has a gain."""
+    digest: str | None = None
+    """sha256 of what it must hold, where the plan has new values for it."""
 
     @property
     def nbytes(self) -> int:
@@ -108,7 +111,7 @@ def wrong_tensors(ckpt: Checkpoint, expected: Sequence[Survivor]) -> Iterator[st
 
 
 def changed_tensors(ckpt: Checkpoint, source: Checkpoint, expected: Sequence[Survivor]) -> Iterator[str]:
-    """Yield tensors whose bytes are not those of the source; reads both checkpoints once.
+    """Yield tensors whose bytes are not those of the source, or not those that the plan says; reads both once.
 
     Raises:
         CheckpointError: a file cannot be read or has become shorter.
@@ -119,7 +122,8 @@ def changed_tensors(ckpt: Checkpoint, source: Checkpoint, expected: Sequence[Sur
             if found is None or found.nbytes != survivor.nbytes:
                 yield f"{ckpt.path}: tensor {survivor.name} is missing or of another size"
             elif not _equal(survivor, found, old, new):
-                yield f"{ckpt.path / found.shard}: tensor {survivor.name} differs from {survivor.source.name}"
+                other = survivor.source.name if survivor.digest is None else "the plan's new values"
+                yield f"{ckpt.path / found.shard}: tensor {survivor.name} differs from {other}"
 
 
 def changed_files(ckpt: Checkpoint, source: Checkpoint, names: Sequence[str]) -> Iterator[str]:
@@ -146,6 +150,8 @@ def wrong_files(ckpt: Checkpoint, expected: Mapping[str, bytes]) -> Iterator[str
 
 def _equal(survivor: Survivor, found: TensorInfo, old: _Reader, new: _Reader) -> bool:
     source = survivor.source
+    if survivor.digest is not None:
+        return _digest(found, new) == survivor.digest
     changes = survivor.remap is not None or survivor.factor is not None
     same_place = (source.start, source.nbytes) == (found.start, found.nbytes)
     if not changes and same_place and os.path.samestat(old.status(source.shard), new.status(found.shard)):
@@ -175,6 +181,13 @@ def _equal(survivor: Survivor, found: TensorInfo, old: _Reader, new: _Reader) ->
         if not np.array_equal(chosen, after.reshape(rows, count, part)):
             return False
     return True
+
+
+def _digest(found: TensorInfo, new: _Reader) -> str:
+    digest = hashlib.sha256()
+    for done in range(0, found.nbytes, BUFFER):
+        digest.update(new.buffered(found.shard, found.start + done, min(BUFFER, found.nbytes - done)).data)
+    return digest.hexdigest()
 
 
 def _parts(survivor: Survivor, found: TensorInfo) -> Iterator[tuple[int, int]]:

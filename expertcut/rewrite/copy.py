@@ -20,7 +20,7 @@ import numpy as np
 
 from expertcut.errors import CheckpointError
 from expertcut.model.hashing import remap, table_of_ids
-from expertcut.rewrite.files import Folder
+from expertcut.rewrite.files import Folder, write_all
 from expertcut.rewrite.gain import rescaled
 from expertcut.rewrite.kernel import UNSUPPORTED, reserve
 from expertcut.rewrite.layout import Move, OutShard, OutTensor
@@ -189,14 +189,6 @@ def write_file(path: Path, data: bytes) -> None:
     with _created(path) as file:
         write_all(file, data, 0)
         os.fsync(file)
-
-
-def write_all(file: int, data: bytes | memoryview, at: int) -> None:
-    """Write all of `data` at a position."""
-    rest = memoryview(data)
-    while rest:
-        written = os.pwrite(file, rest, at)
-        at, rest = at + written, rest[written:]
 
 
 @contextlib.contextmanager

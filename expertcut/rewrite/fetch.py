@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from expertcut.checkpoint.remote import HubFiles, blocks, in_parallel
-from expertcut.errors import HubError
+from expertcut.errors import CheckpointError, HubError
 from expertcut.model.hashing import remap, table_of_ids
-from expertcut.rewrite.copy import write_all
+from expertcut.rewrite.files import write_all
 from expertcut.rewrite.gain import rescaled
 from expertcut.rewrite.layout import Move, OutShard, OutTensor
 
@@ -101,7 +101,10 @@ def _jobs(files: HubFiles, shard: OutShard, file: int) -> Iterator[Job]:
         for start, size in blocks(offset, offset + nbytes):
             yield partial(_copy, files, span.shard, start, size, file, at + start - offset)
     for tensor, at in changed:
-        yield partial(_remap if tensor.remap else _rescale, files, tensor, file, at)
+        if tensor.replaced:
+            yield partial(_replace, tensor, file, at)
+        else:
+            yield partial(_remap if tensor.remap else _rescale, files, tensor, file, at)
 
 
 def _runs(shard: OutShard, changed: list[tuple[OutTensor, int]]) -> Iterator[tuple[str, Run]]:
@@ -111,7 +114,7 @@ def _runs(shard: OutShard, changed: list[tuple[OutTensor, int]]) -> Iterator[tup
         return
     at = len(shard.header)
     for tensor in shard.tensors:
-        if tensor.remap is not None or tensor.factor is not None:
+        if tensor.remap is not None or tensor.factor is not None or tensor.replaced:
             changed.append((tensor, at))
             at += tensor.nbytes
             continue
@@ -156,6 +159,20 @@ def _rescale(files: HubFiles, tensor: OutTensor, file: int, at: int, stop: threa
             new = rescaled(np.frombuffer(raw, np.uint8), tensor.source.dtype, tensor.factor)
             write_all(file, new.data.cast("B"), at + done)
             done += new.nbytes
+    return done
+
+
+def _replace(tensor: OutTensor, file: int, at: int, stop: threading.Event) -> int:
+    """Copy new values of a tensor from the file on this machine that holds them."""
+    new, done = tensor.source, 0
+    with open(new.shard, "rb") as source:
+        source.seek(new.start)
+        while done < new.nbytes and not stop.is_set():
+            raw = source.read(min(PIECE, new.nbytes - done))
+            if not raw:
+                raise CheckpointError(f"{new.shard}: ends in {new.name}; it has changed since it was opened")
+            write_all(file, raw, at + done)
+            done += len(raw)
     return done
 
 

@@ -1,4 +1,4 @@
-"""Files under a directory, opened for reading when they are asked for, one at a time."""
+"""Files under a directory, opened for reading when they are asked for, one at a time; and writing at a position."""
 
 from __future__ import annotations
 
@@ -47,3 +47,11 @@ class Folder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def write_all(file: int, data: bytes | memoryview, at: int) -> None:
+    """Write all of `data` at a position of an open file."""
+    rest = memoryview(data)
+    while rest:
+        written = os.pwrite(file, rest, at)
+        at, rest = at + written, rest[written:]

@@ -24,7 +24,7 @@ from expertcut.model.families import SCALING_KEYS, dig
 ROUNDING: Mapping[str, float] = {"F64": 2.0**-53, "F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8}
 """Dtypes that a gain can be folded into, and by what share of itself it may round a value."""
 
-_LAST = re.compile(r"(?:^|\.)(?:down_projs?|output_linear|w2|fc2)(?=[._]|$)")
+LAST = re.compile(r"(?:^|\.)(?:down_projs?|output_linear|w2|fc2)(?=[._]|$)")
 """The last projection of an expert, in the name of a tensor below its block."""
 _PARTS = (
     "weight_scale_2", "scale_2", "weight_global_scale", "weight_scale_inv", "scale_inv", "weight_scale", "scale",
@@ -52,6 +52,8 @@ def config_gain(config: Mapping[str, Any], geometry: Geometry, plan: Plan) -> li
 def folded(ckpt: Checkpoint, geometry: Geometry, plan: Plan) -> dict[str, float]:
     """Return the factor of every tensor of the source that the plan's gains are folded into; empty if there is none.
 
+    Tensors that the plan has new values for are left out: their values were found with the gain.
+
     Raises:
         PlanError: a gain that the family or the format cannot carry.
     """
@@ -66,10 +68,11 @@ def folded(ckpt: Checkpoint, geometry: Geometry, plan: Plan) -> dict[str, float]
         )
     found: dict[str, float] = {}
     for block in geometry.blocks.values():
-        for key, parts in _projections(geometry, block):
+        for key, parts in last_projections(geometry, block):
             if wanted[key] != 1.0:
                 found |= _carriers(ckpt, parts, wanted[key])
-    return found
+    replaced = plan.deltas.tensors if plan.deltas else {}
+    return {name: factor for name, factor in found.items() if name not in replaced}
 
 
 def rescaled(values: npt.NDArray[np.uint8], dtype: str, factor: float) -> npt.NDArray[np.uint8]:
@@ -83,7 +86,7 @@ def rescaled(values: npt.NDArray[np.uint8], dtype: str, factor: float) -> npt.ND
     return (values.view(kind).astype(np.float64) * factor).astype(kind).view(np.uint8)
 
 
-def _projections(geometry: Geometry, block: MoeBlock) -> Iterator[tuple[str, dict[str, str]]]:
+def last_projections(geometry: Geometry, block: MoeBlock) -> Iterator[tuple[str, dict[str, str]]]:
     """Yield (key of the set, part → tensor name) of every last projection of a block, single or stacked."""
     found: dict[tuple[str, str], dict[str, str]] = {}
     for name in block.tensors:
@@ -95,7 +98,7 @@ def _projections(geometry: Geometry, block: MoeBlock) -> Iterator[tuple[str, dic
             key, below, where = block.prefix, name.removeprefix(f"{block.prefix}."), ""
         else:
             continue
-        if match := _LAST.search(below):
+        if match := LAST.search(below):
             part = below[match.end() :].lstrip("._")
             found.setdefault((key, where + below[: match.end()]), {})[part] = name
     for (key, _), parts in found.items():

@@ -24,6 +24,7 @@ from expertcut.model import Edit, ExpertTensor, Geometry, Remapped, Sliced
 from expertcut.model.hashing import StandIns, stand_ins
 from expertcut.model.uneven import marked
 from expertcut.rewrite.config import config_bytes, differences, edit_config
+from expertcut.rewrite.deltas import new_tensors
 from expertcut.rewrite.fitness import unfit_shards
 from expertcut.rewrite.gain import config_gain, folded
 from expertcut.rewrite.quantization import COMPANIONS, quantization_edits, rewrite_document
@@ -66,11 +67,13 @@ class OutTensor:
     """For a table of expert ids: who takes over from whom."""
     factor: float | None = None
     """What every value is multiplied by."""
+    replaced: bool = False
+    """True if `source` lies in the plan's file of new values, not in the checkpoint; its `shard` is a whole path."""
 
     @property
     def unchanged(self) -> bool:
         """True if it is its source tensor, whole and under the same name."""
-        same = (self.name, self.shape) == (self.source.name, self.source.shape)
+        same = (self.name, self.shape) == (self.source.name, self.source.shape) and not self.replaced
         return same and self.gather is None and self.remap is None and self.factor is None
 
     @property
@@ -182,7 +185,7 @@ def plan_layout(ckpt: Checkpoint, geometry: Geometry, plan: Plan, max_shard_size
     are as runtimes expect them, else `MAX_SHARD_SIZE`.
 
     Raises:
-        PlanError: the plan cannot be carried out on this geometry.
+        PlanError: the plan cannot be carried out on this geometry, or its new values are not to be had.
         CheckpointError: a tensor cannot be cut at byte borders, a companion is gone, or the quantization config names
             single experts in a way that cannot be rewritten exactly.
         UsageError: `max_shard_size` is not positive.
@@ -192,8 +195,11 @@ def plan_layout(ckpt: Checkpoint, geometry: Geometry, plan: Plan, max_shard_size
     validate(plan, geometry)
     kept, edits = kept_by_block(plan, geometry), config_edits(ckpt, geometry, plan)
     top_k = numbers(plan, geometry).top_k
-    factors = folded(ckpt, geometry, plan)
-    tensors = list(out_tensors(ckpt, geometry, kept, top_k, dropped_tensors(plan, geometry), factors))
+    factors, replaced = folded(ckpt, geometry, plan), new_tensors(ckpt, geometry, plan)
+    tensors = [
+        _new_values(tensor, new) if (new := replaced.get(tensor.source.name)) else tensor
+        for tensor in out_tensors(ckpt, geometry, kept, top_k, dropped_tensors(plan, geometry), factors)
+    ]
     wanting = _wanting(ckpt, tensors, max_shard_size)
     shards = _packed(tensors, max_shard_size or MAX_SHARD_SIZE) if wanting else _whole_shards(ckpt, tensors)
     documents = rewritten_companions(ckpt, geometry, plan)
@@ -329,6 +335,11 @@ def _sliced(source: TensorInfo, role: Sliced, kept: Sequence[int]) -> OutTensor:
     whole = runs == ((0, stride),)
     gather = None if whole or not stride else Gather(slabs, stride, runs)
     return OutTensor(source.name, source, tuple(shape), slabs * len(kept) * part, gather)
+
+
+def _new_values(tensor: OutTensor, new: TensorInfo) -> OutTensor:
+    """The same tensor of the new checkpoint, its bytes taken from the plan's file of new values."""
+    return OutTensor(tensor.name, new, tensor.shape, tensor.nbytes, replaced=True)
 
 
 def _remapped(source: TensorInfo, who: StandIns, top_k: int) -> OutTensor:

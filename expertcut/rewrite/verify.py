@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from expertcut.checkpoint import Checkpoint, load_json, open_checkpoint
@@ -100,8 +100,10 @@ def verify_bytes(out: str | Path | Checkpoint, source: Checkpoint) -> list[Check
     companions = [*changed_files(ckpt, source, files), *wrong_files(ckpt, documents)]
     rewritten = f", {len(documents)} rewritten" if documents else ""
     scaled = [survivor for survivor in expected if survivor.factor is not None]
-    gained = f"; {len(scaled)} tensors times their gain, rounded to nearest" if scaled else ""
-    equal = f"{ckpt.nbytes - sum(s.nbytes for s in scaled)} bytes equal the source's{gained}"
+    healed = [survivor for survivor in expected if survivor.digest is not None]
+    equal = f"{ckpt.nbytes - sum(s.nbytes for s in scaled + healed)} bytes equal the source's"
+    equal += f"; {len(scaled)} tensors times their gain, rounded to nearest" if scaled else ""
+    equal += f"; {len(healed)} tensors have the new values that the plan says" if healed else ""
     return [
         _check("tensor bytes", changed_tensors(ckpt, source, expected), equal),
         _check("companions", companions, f"{len(files)} files equal the source's{rewritten}"),
@@ -112,7 +114,9 @@ def _survivors(source: Checkpoint, geometry: Geometry, plan: Plan) -> Iterator[S
     kept, dropped, factors = (
         kept_by_block(plan, geometry), dropped_tensors(plan, geometry), folded(source, geometry, plan)
     )  # fmt: skip
-    return survivors(source, geometry, kept, numbers(plan, geometry).top_k, dropped, factors)
+    digests = plan.deltas.tensors if plan.deltas else {}
+    for survivor in survivors(source, geometry, kept, numbers(plan, geometry).top_k, dropped, factors):
+        yield replace(survivor, digest=digests.get(survivor.source.name))
 
 
 def _check(name: str, findings: Iterable[str], passed: str) -> Check:
