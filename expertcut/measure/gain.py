@@ -67,7 +67,7 @@ def gain_plans(
     candidates: dict[str, Plan] = {}
     for name, plan in plans.items():
         candidates |= {name: plan} | {
-            f"{name}, {kind}": p for kind, p in _kinds(checkpoint, geometry, plan, fitted[name])
+            f"{name}, {kind}": p for kind, p in gain_kinds(checkpoint, geometry, plan, fitted[name])
         }
     found = evaluate(checkpoint, geometry, judge_on, candidates, options, notify=notify, advance=advance)
     return {name: _best(name, candidates, found) for name in plans}, found
@@ -164,7 +164,7 @@ class _Fit:
         return gain if gain > 0 else 1.0
 
 
-def _kinds(
+def gain_kinds(
     checkpoint: Checkpoint, geometry: Geometry, plan: Plan, fitted: Mapping[str, float]
 ) -> Iterator[tuple[str, Plan]]:
     """Yield the plan with one gain and with one per layer, as far as they differ and the checkpoint can carry them.

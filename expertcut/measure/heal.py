@@ -1,374 +1,113 @@
-"""A plan in; new values of its down projections out, fitted in closed form on calibration text. No gradients.
+"""A plan in; the same plan with new values for its down projections out, as far as held-out text shows that they help.
 
-The base and the plan go through the model side by side. In every MoE layer, on what the plan itself brings to it, the
-down projections of the kept experts, and of shared experts, are refitted so that the layer's output meets the base's:
-the residual stream is what counts, so that a layer also mends what those before it left. Where a model does not plainly
-add the experts' sum to the stream, the sum alone is brought back.
-
-Invariant: the values that the next layer is fitted behind are those of the file, but for their rounding to its dtype.
-Memory, beside that of a what-if: the residual in float32 and the experts' inputs of one layer, for all tokens.
-
-Shapes: T tokens without padding, H hidden, I width of a map's input, K top-k.
+New values are fitted layer by layer (`heal_fit`), so that healing only the first layers is a choice too: several such
+prefixes are compared on text that was not fitted, beside the plan as it came and, where the checkpoint can carry one,
+beside the plan with a gain. Invariant: what is returned is not worse than the plan as it came, as that text tells.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import nn
-
-from expertcut.calibrate.batches import make_batches
 from expertcut.calibrate.data import CalibrationSet
-from expertcut.calibrate.executor import LayerStream, find_experts
-from expertcut.calibrate.observer import activations
-from expertcut.calibrate.passage import Advance, Notify, Passage
-from expertcut.calibrate.residual import joining_factor
-from expertcut.calibrate.run import ProfileOptions, open_stream
-from expertcut.calibrate.transfer import fetch, park, settle
+from expertcut.calibrate.passage import Advance, Notify
+from expertcut.calibrate.run import ProfileOptions
 from expertcut.checkpoint.types import Checkpoint
-from expertcut.choose.plan import Deltas, Plan, kept_by_block, validate
+from expertcut.choose.plan import Deltas, Plan, deltas_of
 from expertcut.errors import PlanError
-from expertcut.measure.refit import Linear, best_ridge, refit
-from expertcut.measure.variants import Variant
-from expertcut.model import ExpertTensor, Geometry, MoeBlock, Sliced
-from expertcut.rewrite.deltas import DeltaFile, new_shape
-from expertcut.rewrite.gain import LAST, ROUNDING, last_projections
+from expertcut.measure.gain import fit_gains, gain_kinds
+from expertcut.measure.heal_fit import LayerHealed, fit_deltas
+from expertcut.measure.quality import WhatIf
+from expertcut.measure.whatif import evaluate
+from expertcut.model import Geometry
+from expertcut.rewrite.deltas import copied, new_tensors
 
-RIDGES = (0.3, 1.0, 3.0)
-"""Strengths of regularisation that are tried, in mean diagonals of a map's Gram matrix."""
-ROUNDS = 2
-"""How often each map of a layer is improved."""
-HELD = 4
-"""Every so manieth sequence is held back while a layer's ridge is chosen."""
+PREFIXES = 4
+"""How many numbers of healed layers are tried."""
+PLAN = "the plan"
 
 
 @dataclass(frozen=True)
-class LayerHealed:
-    """What was done to one MoE layer."""
+class Healed:
+    """What came of healing a plan."""
 
-    layer: int
-    ridge: float | None
-    """None: no ridge helped on held-back text, so that nothing changed."""
-    changed: int
-    """Down projections with new values."""
-    maps: int
-    """Down projections in all, shared experts' included."""
-    left: float
-    """Share of the squared residual that is left, on the text that was fitted."""
+    plan: Plan
+    """The best of what was tried."""
+    name: str
+    """Its name in what the pass found; `PLAN` if nothing helps."""
+    layers: list[LayerHealed]
+    """What was fitted, layer by layer."""
+    kept: int
+    """How many of these layers, the first ones, have their new values in the plan."""
+    found: WhatIf
 
 
-def fit_deltas(
-    checkpoint: Checkpoint, geometry: Geometry, plan: Plan, data: CalibrationSet, path: Path, options: ProfileOptions,
-    *, notify: Notify, advance: Advance,
-) -> tuple[Deltas, list[LayerHealed]]:  # fmt: skip
-    """Fit new values for a plan, and write them to the file `path`.
+def heal_plan(
+    checkpoint: Checkpoint, geometry: Geometry, plan: Plan, fit_on: CalibrationSet, judge_on: CalibrationSet,
+    path: Path, options: ProfileOptions, *, notify: Notify, advance: Advance,
+) -> Healed:  # fmt: skip
+    """Fit new values on `fit_on`, and keep those that lower the loss on `judge_on`, in the file `path`.
+
+    Where none help, there is no such file. Passes over the weights: one to fit, one to fit gains, one to judge.
 
     Raises:
-        PlanError: the plan does not fit the checkpoint, or its format or family cannot be healed.
+        PlanError: the plan has new values already, or its format or family cannot be healed.
         DestinationError: the file cannot be written.
     """
-    validate(plan, geometry)
-    names = {block.layer: list(_healable(checkpoint, geometry, plan, block)) for block in geometry.trunk}
-    announced = [
-        (name, checkpoint.tensors[name].dtype, new_shape(checkpoint, geometry, plan, name))
-        for layer in names.values()
-        for name in layer
-    ]
-    domains = [data.domains.index(s.domain) for s in data.sequences]
-    batches = make_batches([s.ids for s in data.sequences], domains, options.micro_tokens)
-    with open_stream(checkpoint, geometry, data, options, notify) as stream, DeltaFile(path, announced) as file:
-        run, done = _Run(stream, plan, Passage(stream, batches, 1, notify)), []
-        for index, base in stream.layers():
-            block = stream.block(index)
-            if block is None:
-                run.pass_by(index, base)
-            else:
-                healed, values = run.heal(block, base, names[index])
-                for name, value in values:
-                    file.add(name, value.contiguous().view(torch.uint8).flatten().numpy())
-                done.append(healed)
-            advance(index + 1, len(stream))
-        return file.finish(), done
+    if plan.deltas:
+        raise PlanError("the plan is healed already", "heal the plan that it was made from")
+    deltas, layers = fit_deltas(checkpoint, geometry, plan, fit_on, path, options, notify=notify, advance=advance)
+    try:
+        healed = dict(_prefixes(geometry, plan.beside(path.absolute().parent, deltas)))
+        gained = dict(_gained(checkpoint, geometry, plan, fit_on, options, notify, advance))
+        candidates = {PLAN: plan} | {f"healed, {n} layers": made for n, made in healed.items()} | gained
+        found = evaluate(checkpoint, geometry, judge_on, candidates, options, notify=notify, advance=advance)
+        name = _best(found)
+        kept = next((n for n in healed if name == f"healed, {n} layers"), 0)
+        if kept and kept < len(layers):
+            _shorten(checkpoint, geometry, healed[kept], deltas, path)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    if not kept:
+        path.unlink(missing_ok=True)
+    return Healed(candidates[name], name, layers, kept, found)
 
 
-def _healable(checkpoint: Checkpoint, geometry: Geometry, plan: Plan, block: MoeBlock) -> Iterator[str]:
-    """Yield the stored down projections of a block's kept experts, and of its shared ones.
-
-    Raises:
-        PlanError: they are stored in a format that does not hold new values but for rounding.
-    """
-    kept = set(kept_by_block(plan, geometry)[block.prefix])
-    for key, parts in last_projections(geometry, block):
-        weight = parts.get("weight", parts.get(""))
-        if key != block.prefix:
-            continue
-        if weight is None or set(parts) - {"weight", "", "bias"}:
-            name = weight or next(iter(parts.values()))
-            raise PlanError(
-                f"{checkpoint.tensors[name].shard}: {name} is quantised, so that it cannot hold new values exactly",
-                f"heal a {', '.join(ROUNDING)} checkpoint of the model, and quantise that",
-            )
-        role = geometry.roles[weight]
-        if isinstance(role, Sliced) or (isinstance(role, ExpertTensor) and role.expert in kept):
-            yield _held(checkpoint, weight)
-    for name, info in checkpoint.tensors.items():
-        below = name.removeprefix(f"{block.prefix}.")
-        shared = below != name and name not in block.tensors and below.endswith(".weight") and len(info.shape) == 2
-        if shared and LAST.search(below) and info.dtype in ROUNDING:
-            yield name
+def _prefixes(geometry: Geometry, plan: Plan) -> Iterator[tuple[int, Plan]]:
+    """Yield the plan with the new values of the first layers only, for several numbers of layers up to all."""
+    assert plan.deltas is not None
+    blocks = geometry.trunk
+    for count in sorted({-(-len(blocks) * part // PREFIXES) for part in range(1, PREFIXES + 1)}):
+        tensors = {name: digest for block in blocks[:count] for name, digest in deltas_of(plan, block).items()}
+        if tensors:
+            yield count, plan.beside(plan.deltas_path.parent, Deltas(file=plan.deltas.file, tensors=tensors))
 
 
-def _held(checkpoint: Checkpoint, name: str) -> str:
-    info = checkpoint.tensors[name]
-    if info.dtype not in ROUNDING:
-        raise PlanError(
-            f"{info.shard}: {name} is {info.dtype}, which cannot hold new values exactly; expected one of "
-            f"{', '.join(ROUNDING)}",
-            "heal an unquantised checkpoint of the model, and quantise that",
-        )
-    return name
+def _gained(
+    checkpoint: Checkpoint, geometry: Geometry, plan: Plan, fit_on: CalibrationSet, options: ProfileOptions,
+    notify: Notify, advance: Advance,
+) -> Iterator[tuple[str, Plan]]:  # fmt: skip
+    """Yield the plan with gains, unless it has some or the checkpoint cannot carry any."""
+    if any(entry.gain for entry in plan.layers.values()):
+        return
+    fitted = fit_gains(checkpoint, geometry, {PLAN: plan}, fit_on, options, notify=notify, advance=advance)
+    try:
+        yield from gain_kinds(checkpoint, geometry, plan, fitted[PLAN])
+    except PlanError as error:
+        notify(f"not compared with a gain: {error.message}")
 
 
-class _Run:
-    """Text on its way through base (track 0) and plan."""
-
-    def __init__(self, stream: LayerStream, plan: Plan, passage: Passage) -> None:
-        self.stream, self.passage = stream, passage
-        self.variant = Variant(stream, plan)
-        self.factor = joining_factor(stream.config)
-        self.track: int | None = None
-        """The plan's, once it does something else."""
-
-    def pass_by(self, index: int, base: nn.Module) -> None:
-        """Take both through a layer without experts."""
-        for track in range(len(self.passage.hidden)):
-            self.passage.step(index, base, track)
-
-    def heal(self, block: MoeBlock, base: nn.Module, names: list[str]) -> tuple[LayerHealed, Iterator[Any]]:
-        """Take both through an MoE layer, the plan through the healed one; also the new values by name, in order."""
-        index, passage = block.layer, self.passage
-        if self.track is None:
-            self.track = passage.branch(0)
-        layer, experts = self.variant.layer(index, base), find_experts(base)
-        assert experts is not None
-        watched: Any = layer.get_submodule(experts)
-        if getattr(watched, "has_post_expert_norm", False):
-            raise PlanError(f"{block.prefix}: a norm follows each expert, so that no down projection can be refitted")
-        shared = [self._place(index, name) for name in names if name not in block.tensors]
-        seen = _Seen(layer, experts, shared if self.factor is not None else [], sums=self.factor is None)
-        if self.factor is None:
-            whole = _Seen(base, experts, [], sums=True)
-            with whole.watching():
-                passage.step(index, base, 0, whole)
-            trial = passage.branch(self.track)
-            with seen.watching():
-                passage.step(index, layer, trial, seen)
-            passage.drop()
-            left_TH = whole.sums() - seen.sums()
-        else:
-            passage.step(index, base, 0)
-            with seen.watching():
-                passage.step(index, layer, self.track, seen)
-            left_TH = self._apart()
-        before = left_TH.square().sum().item()
-        maps = seen.maps(watched, self.variant.kept[index], self.factor or 1.0)
-        ridge, _ = best_ridge(list(maps.values()), left_TH, self._held(), RIDGES)
-        if ridge is not None:
-            refit(list(maps.values()), left_TH, ridge, ROUNDS)
-        healed = LayerHealed(
-            index, ridge, sum(linear.change is not None for linear in maps.values()), len(maps),
-            left_TH.square().sum().item() / before if before else 1.0,
-        )  # fmt: skip
-        values = list(self._values(block, layer, watched, names, maps))
-        if self.factor is None:
-            _add(watched, maps)
-            passage.step(index, layer, self.track)
-        else:
-            self._bring_back(left_TH)
-        return healed, iter(values)
-
-    def _place(self, index: int, name: str) -> str:
-        """The module, in its layer, whose weight a stored tensor is."""
-        prefix = f"{self.stream.prefix}.{index}"
-        (target,) = self.stream.loader.made_of([name], prefix)
-        return target.removeprefix(f"{prefix}.").rpartition(".")[0]
-
-    def _valid(self, at: int) -> torch.Tensor:
-        return self.passage.prepared[at].batch.domain.flatten() >= 0
-
-    def _apart(self) -> torch.Tensor:
-        """(T, H) float32: the base's hidden states minus the plan's."""
-        passage, device = self.passage, self.stream.device
-        assert self.track is not None
-        settle(device)
-        return torch.cat([
-            (fetch(whole, device).flatten(0, -2).float() - fetch(planned, device).flatten(0, -2).float())[
-                self._valid(at).to(device)
-            ]
-            for at, (whole, planned) in enumerate(zip(passage.hidden[0], passage.hidden[self.track], strict=True))
-        ])  # fmt: skip
-
-    def _held(self) -> torch.Tensor:
-        """(T,) bool: tokens of the sequences that are held back."""
-        parts = []
-        for at, prepared in enumerate(self.passage.prepared):
-            batch = prepared.batch
-            rows = torch.tensor(batch.rows)[:, None].expand_as(batch.ids).flatten()
-            parts.append((rows % HELD == HELD - 1)[self._valid(at)])
-        return torch.cat(parts).to(self.stream.device)
-
-    def _bring_back(self, left_TH: torch.Tensor) -> None:
-        """Let the plan's hidden states be the base's but for what is left."""
-        passage, device, done = self.passage, self.stream.device, 0
-        assert self.track is not None
-        for at, whole in enumerate(passage.hidden[0]):
-            valid = self._valid(at).to(device)
-            count = int(valid.sum())
-            hidden = fetch(passage.hidden[self.track][at], device).clone()
-            mended = fetch(whole, device).flatten(0, -2)[valid].float() - left_TH[done : done + count]
-            hidden.flatten(0, -2)[valid] = mended.to(hidden.dtype)
-            passage.hidden[self.track][at] = park(hidden)
-            done += count
-
-    def _values(
-        self, block: MoeBlock, layer: nn.Module, experts: Any, names: list[str], maps: dict[int | str, Linear]
-    ) -> Iterator[tuple[str, torch.Tensor]]:  # fmt: skip
-        """The values of every stored tensor after healing, rounded to nearest in its dtype."""
-        kept = self.variant.kept[block.layer]
-        for name in names:
-            stored, role = self.variant.stored(name), self.stream.geometry.roles[name]
-            if isinstance(role, Sliced):
-                places = ((place, e, stored.narrow(role.axis, e * role.unit, role.unit)) for place, e in enumerate(kept))
-                yield name, torch.cat([
-                    _changed(name, part, _matrix(experts, e), maps[place].change) for place, e, part in places
-                ], dim=role.axis)  # fmt: skip
-            elif isinstance(role, ExpertTensor):
-                place = kept.index(role.expert)
-                yield name, _changed(name, stored, _matrix(experts, role.expert), maps[place].change)
-            else:
-                where = self._place(block.layer, name)
-                change = maps[where].change if where in maps else None
-                yield name, _changed(name, stored, layer.get_submodule(where).weight, change)
+def _best(found: WhatIf) -> str:
+    """The candidate of the lowest loss among those that do significantly better than the plan as it came."""
+    helping = [name for name in found.names[2:] if found.difference(name, PLAN).sign < 0]
+    return min(helping, key=lambda name: found.mean("nll", name), default=PLAN)
 
 
-def _matrix(experts: Any, expert: int) -> torch.Tensor:
-    """An expert's down projection in memory, (H, I)."""
-    weight: torch.Tensor = experts.down_proj[expert]
-    return weight.T if experts.is_transposed else weight
-
-
-def _changed(name: str, stored: torch.Tensor, weight_HI: torch.Tensor, change_HI: torch.Tensor | None) -> torch.Tensor:
-    """A stored weight plus a change, in whichever of the two orders it is stored; `weight_HI` is the one in memory."""
-    if change_HI is None:
-        return stored
-    flat = stored.squeeze()
-    found = flat.to(weight_HI.device, weight_HI.dtype)
-    for turned in (False, True):
-        ordered, change = (weight_HI.T, change_HI.T) if turned else (weight_HI, change_HI)
-        if torch.equal(found, ordered):
-            wide = flat.to(torch.promote_types(stored.dtype, torch.float32)) + change.to(stored.device)
-            return wide.to(stored.dtype).view(stored.shape)
-    raise PlanError(f"{name}: is not stored as the experts' down projection is used, so that it cannot be healed")
-
-
-def _add(experts: Any, maps: dict[int | str, Linear]) -> None:
-    """Change the routed experts in memory."""
-    for place, linear in maps.items():
-        if linear.change is not None and isinstance(place, int):
-            weight = _matrix(experts, int(experts.kept[place]))
-            weight += linear.change.to(weight.dtype)
-
-
-class _Seen:
-    """What the maps of a layer are given, noted while text goes through."""
-
-    def __init__(self, layer: nn.Module, experts: str, shared: list[str], *, sums: bool = False) -> None:
-        """`shared` are the down projections of shared experts; with `sums`, what the experts add up to is noted too."""
-        self.domain_T: torch.Tensor | None = None
-        self._layer, self._experts, self._shared, self._with_sums = layer, experts, shared, sums
-        self._now: dict[str, torch.Tensor] = {}
-        self._all: dict[str, list[torch.Tensor]] = {}
-
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Note what passes within the block."""
-        with ExitStack() as hooks:
-            experts = self._layer.get_submodule(self._experts)
-            hooks.callback(experts.register_forward_hook(self._on_experts, with_kwargs=True).remove)
-            for name in self._shared:
-                module = self._layer.get_submodule(name)
-                hooks.callback(module.register_forward_pre_hook(partial(self._on_shared, name)).remove)
-                if gate := _gate(self._layer, name):
-                    hooks.callback(gate.register_forward_hook(partial(self._on_gate, name)).remove)
-            yield
-
-    def commit(self) -> None:
-        """Keep what a micro-batch showed, without padding."""
-        assert self.domain_T is not None
-        valid = self.domain_T >= 0
-        for name, noted in self._now.items():
-            self._all.setdefault(name, []).append(noted.flatten(0, -2)[valid])
-        self._now.clear()
-
-    def discard(self) -> None:
-        """Forget it."""
-        self._now.clear()
-
-    def sums(self) -> torch.Tensor:
-        """What the experts added up to, (T, H) float32."""
-        return torch.cat(self._all["sums"]).float()
-
-    def maps(self, experts: Any, kept: Sequence[int], factor: float) -> dict[int | str, Linear]:
-        """The down projections: of kept experts by their new numbers, of shared ones by their names in the layer."""
-        hidden_TH, index_TK, gates_TK = (torch.cat(self._all.pop(name)) for name in ("hidden", "index", "gates"))
-        found: dict[int | str, Linear] = {}
-        for place, expert in enumerate(kept):
-            rows_n, slots_n = (index_TK == place).nonzero(as_tuple=True)
-            gates_n = gates_TK[rows_n, slots_n]
-            found[place] = Linear(rows_n, partial(_inputs, experts, expert, hidden_TH, rows_n, gates_n, factor))
-        every = torch.arange(len(hidden_TH), device=hidden_TH.device)
-        for name in self._shared:
-            given_TI = torch.cat(self._all.pop(name)).float() * factor
-            if gate := self._all.pop(f"{name} gate", None):
-                given_TI *= torch.cat(gate).float().sigmoid()
-            found[name] = Linear(every, given_TI.__getitem__)
-        return found
-
-    def _on_experts(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: torch.Tensor) -> None:
-        self._now |= zip(("hidden", "index", "gates"), (*args, *kwargs.values()), strict=False)
-        if self._with_sums:
-            self._now["sums"] = out
-
-    def _on_shared(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self._now[name] = args[0]
-
-    def _on_gate(self, name: str, module: nn.Module, args: tuple[Any, ...], out: torch.Tensor) -> None:
-        self._now[f"{name} gate"] = out
-
-
-def _gate(layer: nn.Module, down_proj: str) -> nn.Module | None:
-    """What weighs a shared expert's output after a sigmoid, if there is such."""
-    block = layer.get_submodule(down_proj.rpartition(".")[0].rpartition(".")[0])
-    gate = getattr(block, "shared_expert_gate", None)
-    return gate if isinstance(gate, nn.Module) else None
-
-
-def _inputs(
-    experts: Any, expert: int, hidden_TH: torch.Tensor, rows_n: torch.Tensor, gates_n: torch.Tensor, factor: float,
-    places_m: torch.Tensor,
-) -> torch.Tensor:  # fmt: skip
-    """What an expert's down projection is given for some of its tokens, times gate and factor: (m, I) float32."""
-    x, gates_m1 = hidden_TH[rows_n[places_m]], gates_n[places_m, None]
-    scales_input = getattr(experts, "scales_input", False)
-    if scales_input:
-        x = x * gates_m1.to(x.dtype)
-    ends = torch.tensor([len(x)], dtype=torch.int32, device=x.device)
-    whose = torch.full((len(x),), expert, device=x.device)
-    a = activations(experts, x, slice(expert, expert + 1), ends, whose).float() * factor
-    return a if scales_input else a * gates_m1.float()
+def _shorten(checkpoint: Checkpoint, geometry: Geometry, plan: Plan, whole: Deltas, path: Path) -> None:
+    """Leave in the file what the plan names."""
+    assert plan.deltas is not None
+    infos = new_tensors(checkpoint, geometry, plan)
+    copied(infos, path, infos, whole.tensors)

@@ -31,8 +31,9 @@ def check_unseen(text: CalibrationSet, tokenizer: str, plans: Mapping[str, Plan]
         known, facts = {}, plan.provenance
         if facts.get("profile") is not None:
             known[name] = _sketch(name, facts, "calibration_text")
-        if facts.get("gain_text") is not None:
-            known[f"{name}'s gain"] = _sketch(name, facts, "gain_text")
+        for what in ("gain", "healing"):
+            if facts.get(f"{what}_text") is not None:
+                known[f"{name}'s {what}"] = _sketch(name, facts, f"{what}_text")
         warnings += check_overlap(text, tokenizer, known)
         judged = _sketch(name, facts, "judged_text")
         if judged is not None and judged.tokenizer == tokenizer:

@@ -5,7 +5,7 @@ For inputs A (n, I) of a map, already times gate and factor, and what is left R 
     ΔW = argmin ‖R − A ΔWᵀ‖² + μ ‖ΔW‖²,  μ = ridge · mean diagonal of AᵀA,
 
 taken on what the other maps leave, in a few rounds: block coordinate descent on all of them. Sums and solutions are
-float32 on the residual's device. Memory: the residual, and of one map at a time AᵀA, AᵀR and the inputs of CHUNK tokens.
+float32 on the residual's device. Memory: the residual, and of one map at a time AᵀA, AᵀR and inputs of CHUNK tokens.
 
 Shapes: T tokens, n those of a map, H hidden, I width of a map's input.
 """

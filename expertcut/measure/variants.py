@@ -2,8 +2,8 @@
 
 A variant is built from the config that the plan would write and shares the base layer's tensors. It differs in two
 things: its router's rows are those of the kept experts, and its experts are the base's, called by their original
-numbers. So one read of the weights serves the base and any number of plans. Of tensors that a plan folds a gain into, or
-has new values for, the variant has its own.
+numbers. So one read of the weights serves the base and any number of plans. Of tensors that a plan folds a gain into,
+or has new values for, the variant has its own.
 """
 
 from __future__ import annotations
