@@ -17,6 +17,7 @@ from expertcut.cli.common import INTERRUPTED, Output, exit_code
 from expertcut.cli.demo import demo
 from expertcut.cli.estimate import estimate
 from expertcut.cli.eval import evaluate
+from expertcut.cli.heal import heal
 from expertcut.cli.inspect import inspect
 from expertcut.cli.merge import merge
 from expertcut.cli.plan import plan
@@ -30,9 +31,9 @@ from expertcut.cli.verify import verify
 from expertcut.errors import ExpertcutError
 
 COMMANDS: dict[str, Callable[..., None]] = {
-    "inspect": inspect, "profile": profile, "merge": merge, "show": show, "plan": plan, "prune": prune,
-    "verify": verify, "eval": evaluate, "sweep": sweep, "bench": bench, "estimate": estimate, "report": report,
-    "push": push, "demo": demo,
+    "inspect": inspect, "profile": profile, "merge": merge, "show": show, "plan": plan, "heal": heal,
+    "prune": prune, "verify": verify, "eval": evaluate, "sweep": sweep, "bench": bench, "estimate": estimate,
+    "report": report, "push": push, "demo": demo,
 }  # fmt: skip
 # Wherever the installed typer keeps click: the base of BadParameter is UsageError, whose base is ClickException.
 _CLICK_ERROR: type[Exception] = typer.BadParameter.__mro__[2]
@@ -57,7 +58,7 @@ def _options(
 ) -> None:
     """Make a Mixture-of-Experts checkpoint smaller, offline, and keep it loadable by ordinary runtimes.
 
-    inspect → profile → plan → prune → verify, eval. Each command has --help with an example.
+    inspect → profile → plan (→ heal) → prune → verify, eval. Each command has --help with an example.
     """
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +19,13 @@ if TYPE_CHECKING:
     from expertcut.model import Geometry
 
 
-def parse_gate(heldout: Heldout, forward: Forward) -> list[Limit]:
-    """Parse the limits; none if there is no gate, and then nothing else of it may be given."""
+def parse_gate(heldout: Heldout, forward: Forward, heal: bool = False) -> list[Limit]:
+    """Parse the limits; none if there is no gate, and then nothing else of it may be given, unless `heal` uses it."""
     from expertcut.choose.limits import parse_limit
 
     if not heldout.gate:
-        if (heldout, forward) != (NO_GATE, AS_IT_COMES):
+        unused = (replace(heldout, tokens=None, seq_len=None), AS_IT_COMES) if heal else (heldout, forward)
+        if unused != (NO_GATE, AS_IT_COMES):
             raise UsageError("found options of a gate, but no --gate", "for example --gate 'nll<=1%' --data FILE")
         return []
     if not heldout.data:

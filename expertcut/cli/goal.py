@@ -7,10 +7,11 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from expertcut.cli.common import Output
-from expertcut.cli.measured import Refined, noted, read_texts
+from expertcut.cli.measured import Refined, noted
 from expertcut.cli.options import NO_CHOICE, UNMEASURED, Choice, Forward, Measured, Service
 from expertcut.cli.planning import AUTO, build_plan
 from expertcut.cli.service import load_of, machine_of, say_assumptions
+from expertcut.cli.text import read_texts
 from expertcut.cli.walking import NAEE
 from expertcut.errors import ProfileError, UsageError
 
@@ -98,7 +99,10 @@ def reach(
     every = candidates(work, geometry, starts, profile, weights, aim.machine, aim.load, aim.goal)
     there = worth_measuring(every, aim.goal)
     seen = next(plans[0] for plans in reversed(starts.values()))
-    texts = read_texts(out, checkpoint, geometry, seen, choice, measured, aim.limits, forward)
+    texts = read_texts(
+        out, checkpoint, geometry, seen, forward, fit=None, judge=measured.data, tokens=measured.tokens,
+        seq_len=measured.seq_len, seed=choice.seed, limits=aim.limits,
+    )  # fmt: skip
     with out.progress("measuring candidates", lambda speed: f"{speed:.2f} layers/s") as advance:
         judge = judge_with(
             checkpoint, geometry, texts.judge_on, ProfileOptions(**vars(forward)), notify=out.note, advance=advance

@@ -10,14 +10,13 @@ from expertcut.cli.common import Output
 from expertcut.cli.options import UNMEASURED, Choice, Forward, Measured
 from expertcut.cli.planning import AUTO
 from expertcut.cli.searching import GLOBAL, check_spread, searches, spread_bounds
+from expertcut.cli.text import Texts, read_texts
 from expertcut.cli.walking import NAEE, check_walk, walks
 from expertcut.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from expertcut.calibrate.data import CalibrationSet
-    from expertcut.calibrate.tokenizer import Tokenizer
     from expertcut.checkpoint import Checkpoint
     from expertcut.choose.limits import Limit
     from expertcut.choose.plan import Plan
@@ -25,9 +24,6 @@ if TYPE_CHECKING:
     from expertcut.measure.quality import WhatIf
     from expertcut.measure.topk import Tried
     from expertcut.model import Geometry
-
-HELD_BACK = 4
-"""Without held-out text, every so manieth sequence of the calibration text is held back to judge gains on."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +82,10 @@ def refine(
     if not (wanted or limits or measured.gain):
         return Refined(plan)
     bounds = spread_bounds(geometry, plan, measured)
-    texts = read_texts(out, checkpoint, geometry, plan, choice, measured, limits, forward)
+    texts = read_texts(
+        out, checkpoint, geometry, plan, forward, fit=measured.calibration if measured.gain else None,
+        judge=measured.data, tokens=measured.tokens, seq_len=measured.seq_len, seed=choice.seed, limits=limits,
+    )  # fmt: skip
     members: dict[str, Any] = {}
     parts: list[RenderableType] = []
     if wanted:
@@ -152,52 +151,6 @@ def _search_top_k(
     return Refined(
         refined.plan, {"tried": records, **refined.members}, [*_tried_table(tried, found, best), *refined.parts]
     )
-
-
-@dataclass(frozen=True)
-class Texts:
-    """What gains are fitted on, and what they and limits are judged on."""
-
-    fit_on: CalibrationSet | None
-    judge_on: CalibrationSet
-    facts: dict[str, Any]
-    """For the plan's provenance: sketches of both, so that later measurements know them."""
-
-
-def read_texts(
-    out: Output, checkpoint: Checkpoint, geometry: Geometry, plan: Plan, choice: Choice, measured: Measured,
-    limits: list[Limit], forward: Forward,
-) -> Texts:  # fmt: skip
-    """Read what gains are fitted on and what they and limits are judged on; refuses text that a plan has seen."""
-    from expertcut.calibrate.overlap import check_overlap
-    from expertcut.cli.text import read_text, refuse_seen
-    from expertcut.measure.gate import check_limits
-    from expertcut.measure.heldout import sequences, sketch_of
-
-    def read(sources: list[str]) -> tuple[CalibrationSet, Tokenizer]:
-        return read_text(
-            out, checkpoint, geometry, sources, tokens=measured.tokens, seq_len=measured.seq_len, seed=choice.seed,
-            device=forward.device, dtype=forward.dtype,
-        )  # fmt: skip
-
-    fit_on, facts = None, {}
-    if measured.gain:
-        fit_on, tokenizer = read(measured.calibration or [])
-    if measured.data:
-        judge_on, tokenizer = read(measured.data)
-        refuse_seen(out, judge_on, tokenizer, {"the profile": plan})
-    else:
-        assert fit_on is not None
-        out.note(f"no --data: every {HELD_BACK}th sequence of the calibration text is held back to judge the gain on")
-        fit_on, judge_on = fit_on.parted(HELD_BACK)
-    check_limits(limits, sequences(judge_on))
-    facts["judged_text"] = str(sketch_of(judge_on, tokenizer.fingerprint).thinned())
-    if fit_on is not None:
-        sketch = sketch_of(fit_on, tokenizer.fingerprint)
-        for warning in check_overlap(judge_on, tokenizer.fingerprint, {"--calibration": sketch}):
-            out.warn(warning)
-        facts["gain_text"] = str(sketch.thinned())
-    return Texts(fit_on, judge_on, facts)
 
 
 def _refined(plan: Plan, gained: Gained | None, found: WhatIf, facts: dict[str, Any]) -> Refined:

@@ -122,6 +122,7 @@ def outcome(checkpoint: Checkpoint, geometry: Geometry, plan: Plan) -> Outcome:
         ("experts per layer", _change(geometry.num_experts, found.experts)),
         ("top-k", _change(geometry.top_k, found.top_k)),
         *gain_rows(checkpoint, geometry, plan),
+        *([("new values", f"of {len(plan.deltas.tensors):,} tensors, by healing")] if plan.deltas else []),
         ("weights", f"{size(before)} → {size(after)}, {after / (before or 1):.1%}"),
     ]
     return Outcome(members, rows, lint_table(findings), [_hint(plan.experts, found) for found in advice])

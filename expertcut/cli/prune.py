@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from expertcut.checkpoint import Checkpoint
     from expertcut.choose.plan import Plan
+    from expertcut.cli.healing import Outcome
     from expertcut.measure.gate import Judgement
     from expertcut.model import Geometry
 
@@ -61,6 +62,13 @@ def prune(
         ),
     ] = None,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not check structure and bytes after.")] = False,
+    heal: Annotated[
+        bool, typer.Option("--heal", help="Refit what is left on --calibration first; kept as far as it helps.")
+    ] = False,
+    calibration: Annotated[
+        list[str] | None,
+        typer.Option("--calibration", metavar="TEXT", show_default=False, help="Text for --heal. Repeatable."),
+    ] = None,
     choice: Choice = NO_CHOICE,
     heldout: Heldout = NO_GATE,
     forward: Forward = AS_IT_COMES,
@@ -73,10 +81,13 @@ def prune(
 
     Example:
       expertcut prune MODEL OUT --plan half.json --dry-run
+      expertcut prune MODEL OUT --plan half.json --heal --calibration general --tokens 131072
     """
     from expertcut.checkpoint import open_checkpoint
     from expertcut.choose import parse_size
     from expertcut.cli.gate import hold, parse_gate
+    from expertcut.cli.healing import forget, healed_for
+    from expertcut.cli.text import read_texts
     from expertcut.model import read_geometry
     from expertcut.rewrite.destination import check_replaceable
     from expertcut.rewrite.writer import prepare
@@ -84,13 +95,26 @@ def prune(
     out = output(ctx, as_json)
     shard_size = parse_size(max_shard_size) if max_shard_size is not None else None
     writing = Writing(out_dir, shard_size, force, link, check=not no_verify)
-    limits = parse_gate(heldout, forward)
-    checkpoint = open_checkpoint(model, revision, download=bool(limits))  # a gate runs the model
+    limits = parse_gate(heldout, forward, heal)
+    _check_heal(heal, calibration, link)
+    checkpoint = open_checkpoint(model, revision, download=bool(limits) or heal)  # both run the model
     geometry = read_geometry(checkpoint)
     made = _plan(out, checkpoint, geometry, plan, choice, gated=bool(limits))
     judged: list[Judgement] = []
+    healed: Outcome | None = None
+    target = prepare(checkpoint, geometry, made, out_dir, shard_size, link).target if limits or heal else out_dir
+    if limits or heal:
+        check_replaceable(target, force)
+    if heal and dry_run:
+        out.note("--heal changes values only: nothing is fitted for a dry run")
+    elif heal:
+        texts = read_texts(
+            out, checkpoint, geometry, made, forward, fit=calibration, judge=None, tokens=heldout.tokens,
+            seq_len=heldout.seq_len, seed=choice.seed, what="healing",
+        )  # fmt: skip
+        healed = healed_for(out, checkpoint, geometry, made, texts, target, forward)
+        made = healed.plan
     if limits:
-        check_replaceable(prepare(checkpoint, geometry, made, out_dir, shard_size, link).target, force)
         judged = hold(
             out, checkpoint, geometry, made, str(plan or "the plan"), limits, heldout, forward,
             profile=choice.profile, seed=choice.seed,
@@ -98,7 +122,18 @@ def prune(
     if dry_run:
         _preview(out, checkpoint, geometry, made, writing, judged)
     else:
-        _prune(out, checkpoint, geometry, made, writing, judged)
+        _prune(out, checkpoint, geometry, made, writing, judged, healed)
+        if heal:
+            forget(target)
+
+
+def _check_heal(heal: bool, calibration: list[str] | None, link: bool) -> None:
+    if heal and not calibration:
+        raise UsageError("--heal needs --calibration", "for example --calibration general")
+    if calibration and not heal:
+        raise UsageError("--calibration has an effect with --heal only")
+    if heal and link:
+        raise UsageError("found --heal and --link", "give either: healing changes weights, links share them")
 
 
 def _plan(
@@ -159,8 +194,9 @@ def _preview(
 
 
 def _prune(
-    out: Output, checkpoint: Checkpoint, geometry: Geometry, plan: Plan, writing: Writing, judged: list[Judgement]
-) -> None:
+    out: Output, checkpoint: Checkpoint, geometry: Geometry, plan: Plan, writing: Writing, judged: list[Judgement],
+    healed: Outcome | None,
+) -> None:  # fmt: skip
     from dataclasses import asdict
 
     from expertcut.choose import format_size
@@ -187,7 +223,7 @@ def _prune(
             out.note(f"bytes are as the Hub sent them; to download the source and compare: {again}")
     result = outcome(checkpoint, geometry, plan)
     document = {**asdict(done), "out": str(out_dir), "model": checkpoint.name, "gate": gate_record(judged),
-                "checks": records(checks), **result.members}  # fmt: skip
+                "checks": records(checks), **result.members, **(healed.members if healed else {})}  # fmt: skip
     rate = f", {format_size(int(done.nbytes_written / done.seconds))}/s" if done.nbytes_written else ""
     rows: list[tuple[str, object]] = [
         *(("gate", judgement) for judgement in judged),
@@ -195,5 +231,6 @@ def _prune(
         ("shards", f"{done.shards}, the source's, {done.taken}" if done.taken else done.shards),
         ("time", f"{done.seconds:.2f} s{rate}, synced to disk"),
     ]
-    parts: list[RenderableType] = [checks_table(checks), ""] if checks else []
-    out.finish(document, facts(rows + result.rows), "", *parts, result.lint)
+    parts: list[RenderableType] = [*healed.parts, ""] if healed and healed.parts else [""]
+    parts += [checks_table(checks), ""] if checks else []
+    out.finish(document, facts(rows + result.rows), *parts, result.lint)

@@ -124,6 +124,8 @@ def _plan_rows(path: Path, plan: Plan) -> list[tuple[str, object]]:
         ("experts kept per layer", " to ".join(map(str, counts[:1] + counts[1:][-1:]))),
         ("top-k", " to ".join(map(str, [*top_k[:1], *(unchanged or top_k[1:][-1:])]))),
     ]
+    if plan.deltas:
+        rows.append(("new values", f"{plan.deltas.file}, {len(plan.deltas.tensors):,} tensors"))
     return rows + [(name, _plain(value)) for name, value in plan.provenance.items() if value not in (None, {}, "")]
 
 

@@ -62,10 +62,10 @@ def heal_plan(
     try:
         healed = dict(_prefixes(geometry, plan.beside(path.absolute().parent, deltas)))
         gained = dict(_gained(checkpoint, geometry, plan, fit_on, options, notify, advance))
-        candidates = {PLAN: plan} | {f"healed, {n} layers": made for n, made in healed.items()} | gained
+        candidates = {PLAN: plan} | {_named(n, len(layers)): made for n, made in healed.items()} | gained
         found = evaluate(checkpoint, geometry, judge_on, candidates, options, notify=notify, advance=advance)
         name = _best(found)
-        kept = next((n for n in healed if name == f"healed, {n} layers"), 0)
+        kept = next((n for n in healed if name == _named(n, len(layers))), 0)
         if kept and kept < len(layers):
             _shorten(checkpoint, geometry, healed[kept], deltas, path)
     except BaseException:
@@ -84,6 +84,10 @@ def _prefixes(geometry: Geometry, plan: Plan) -> Iterator[tuple[int, Plan]]:
         tensors = {name: digest for block in blocks[:count] for name, digest in deltas_of(plan, block).items()}
         if tensors:
             yield count, plan.beside(plan.deltas_path.parent, Deltas(file=plan.deltas.file, tensors=tensors))
+
+
+def _named(count: int, layers: int) -> str:
+    return "healed" if count == layers else f"healed, the first {count} of {layers} layers"
 
 
 def _gained(

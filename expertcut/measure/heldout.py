@@ -35,8 +35,9 @@ def check_unseen(text: CalibrationSet, tokenizer: str, plans: Mapping[str, Plan]
             if facts.get(f"{what}_text") is not None:
                 known[f"{name}'s {what}"] = _sketch(name, facts, f"{what}_text")
         warnings += check_overlap(text, tokenizer, known)
-        judged = _sketch(name, facts, "judged_text")
-        if judged is not None and judged.tokenizer == tokenizer:
+        for judged in (_sketch(name, facts, key) for key in ("judged_text", "healing_judged_text")):
+            if judged is None or judged.tokenizer != tokenizer:
+                continue
             hits, count = judged.shared(s.ids for s in text.sequences)
             if hits > NOTICED * count:
                 share = f"{hits / count:.0%} of this text"

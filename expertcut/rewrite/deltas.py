@@ -84,6 +84,22 @@ def new_tensors(ckpt: Checkpoint, geometry: Geometry, plan: Plan) -> dict[str, T
     return {name: found[name] for name in plan.deltas.tensors}
 
 
+def check_path(path: Path) -> None:
+    """Check that what has the name of a file of new values, if anything, is one and may be replaced.
+
+    Raises:
+        DestinationError: it is something else, such as a model's weights.
+    """
+    if not os.path.lexists(path):
+        return
+    try:
+        schema = read_header(path)[1].get("schema")
+    except CheckpointError as error:
+        raise DestinationError(f"{path}: is in the way: {error.message}", "choose another name") from error
+    if schema != SCHEMA:
+        raise DestinationError(f"{path}: is there, and no file of new values of a plan", "choose another name")
+
+
 def read_new(info: TensorInfo, digest: str) -> npt.NDArray[np.uint8]:
     """Return the bytes of a tensor's new values, (N,) uint8, after comparing them with the plan's sha256.
 
@@ -110,8 +126,9 @@ class DeltaFile:
         """`tensors` are name, dtype and shape of all that will be added, in that order.
 
         Raises:
-            DestinationError: the file cannot be written.
+            DestinationError: the file cannot be written, or what is there is no file of new values.
         """
+        check_path(path)
         self.path = path
         self.digests: dict[str, str] = {}
         """sha256 of every tensor added so far."""

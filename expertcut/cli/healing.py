@@ -1,0 +1,138 @@
+"""Healing, for `heal` and `prune --heal`: new values for a plan's tensors, and what to say about them."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from expertcut.cli.common import Output
+from expertcut.cli.options import Forward
+from expertcut.cli.text import Texts
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from expertcut.checkpoint import Checkpoint
+    from expertcut.choose.plan import Plan
+    from expertcut.measure.heal import Healed
+    from expertcut.model import Geometry
+
+DELTAS = ".deltas.safetensors"
+"""What stands in the place of the plan's `.json` in the name of the file of new values."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A plan as healing left it, and what to say about it."""
+
+    plan: Plan
+    members: dict[str, Any]
+    """Members of the JSON document."""
+    parts: list[RenderableType]
+
+
+def heal_with(
+    out: Output, checkpoint: Checkpoint, geometry: Geometry, plan: Plan, texts: Texts, path: Path, forward: Forward
+) -> Outcome:
+    """Heal a plan, and save it as `path`, with the file of new values beside it.
+
+    Raises:
+        PlanError: it cannot be healed.
+        DestinationError: a file cannot be written.
+    """
+    from expertcut.calibrate.run import ProfileOptions
+    from expertcut.measure.heal import heal_plan
+
+    assert texts.fit_on is not None
+    with out.progress("healing", lambda speed: f"{speed:.2f} layers/s") as advance:
+        healed = heal_plan(
+            checkpoint, geometry, plan, texts.fit_on, texts.judge_on, deltas_file(path),
+            ProfileOptions(**vars(forward)), notify=out.note, advance=advance,
+        )  # fmt: skip
+    record = _record(healed)
+    facts = {"healing": {"of": identity(plan, texts), **record}, "healing_text": texts.facts["healing_text"],
+             "healing_judged_text": texts.facts["judged_text"]}  # fmt: skip
+    made = healed.plan.model_copy(update={"provenance": plan.provenance | facts})
+    made.save(path)
+    layers = [asdict(layer) for layer in healed.layers]
+    return Outcome(made, {"healing": record, "layers": layers}, _shown(healed, record))
+
+
+def deltas_file(path: Path) -> Path:
+    """Return where the new values for a plan at `path` go."""
+    return path.with_name(path.name.removesuffix(".json") + DELTAS)
+
+
+def healed_for(
+    out: Output, checkpoint: Checkpoint, geometry: Geometry, plan: Plan, texts: Texts, target: Path, forward: Forward
+) -> Outcome:  # fmt: skip
+    """Heal a plan for a checkpoint to be written at `target`; files lie beside it until `forget` removes them.
+
+    What an interrupted run of the same healing left is used again.
+    """
+    from expertcut.choose.plan import Plan
+    from expertcut.errors import ExpertcutError
+
+    path = _beside(target)
+    if path.exists():
+        try:
+            found = Plan.load(path)
+            if found.deltas is None or found.deltas_path.exists():
+                record: Any = found.provenance.get("healing")
+                if isinstance(record, dict) and record.pop("of", None) == identity(plan, texts):
+                    out.note(f"{path}: healed before, by a run that did not end; used again")
+                    return Outcome(found, {"healing": record, "layers": None}, [])
+        except ExpertcutError:
+            pass  # a file of something else is replaced like any plan
+    return heal_with(out, checkpoint, geometry, plan, texts, path, forward)
+
+
+def forget(target: Path) -> None:
+    """Remove what `healed_for` left beside a checkpoint that is written."""
+    for path in (_beside(target), deltas_file(_beside(target))):
+        path.unlink(missing_ok=True)
+
+
+def _beside(target: Path) -> Path:
+    return target.with_name(f"{target.name}.healed.json")
+
+
+def identity(plan: Plan, texts: Texts) -> str:
+    """Return what tells one healing from another: a hash of the plan and of both texts."""
+    assert texts.fit_on is not None
+    parts = (plan.model_dump_json(), texts.fit_on.fingerprint, texts.judge_on.fingerprint)
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def _record(healed: Healed) -> dict[str, Any]:
+    from expertcut.measure.heal import PLAN
+
+    found = healed.found
+    change = None if healed.name == PLAN else asdict(found.difference(healed.name, PLAN))
+    return {
+        "kept": healed.name if change else None, "healed_layers": healed.kept, "change": change,
+        "tried": [{"name": name, "change": asdict(found.change(name))} for name in found.names[1:]],
+    }  # fmt: skip
+
+
+def _shown(healed: Healed, record: dict[str, Any]) -> list[RenderableType]:
+    from expertcut.cli.tables import table
+    from expertcut.cli.whatif import between
+    from expertcut.measure.heal import PLAN
+
+    found, layers = healed.found, []
+    for at, layer in enumerate(healed.layers):
+        ridge = "none helps" if layer.ridge is None else f"{layer.ridge:g}"
+        kept = "yes" if at < healed.kept and layer.changed else "no"
+        layers.append((layer.layer, ridge, f"{layer.changed} of {layer.maps}", f"{layer.left:.1%}", kept))
+    tried = []
+    for name in found.names[1:]:
+        beside = "" if name == PLAN else between(found.difference(name, PLAN))
+        tried.append((name, between(found.change(name)), beside, "kept" if name == record["kept"] else ""))
+    none = [] if record["kept"] else ["", "nothing kept: held-out text does not show that it helps"]
+    return [
+        "", table((">layer", ">ridge", ">projections refitted", ">residual left", "kept"), layers),
+        "", table(("tried", ">change of the loss", ">beside the plan", ""), tried), *none,
+    ]  # fmt: skip
