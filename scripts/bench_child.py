@@ -20,6 +20,7 @@ from expertcut.calibrate.data import CalibrationSet, Sequence
 from expertcut.calibrate.executor import LayerStream
 from expertcut.checkpoint import Checkpoint, open_checkpoint
 from expertcut.choose import make_plan
+from expertcut.measure.heal_fit import fit_deltas
 from expertcut.measure.whatif import evaluate
 from expertcut.model import Geometry, read_geometry
 from expertcut.rewrite import prune, require, verify_bytes, verify_structure
@@ -73,7 +74,7 @@ def profile_pass(model: str, tokens: str, dtype: str, options: run.ProfileOption
     (checkpoint, geometry), data = opened(model), calibration(tokens)
     device, out = torch.device("cpu"), Path()
     stream = LayerStream(checkpoint, geometry, device=device, dtype=getattr(torch, dtype), resident=True)
-    meta = run._meta(checkpoint, geometry, data, options, "", stream.dtype)
+    meta = run.profile_meta(checkpoint, geometry, data, options, "", stream.dtype)
 
     def observed() -> None:
         state = run._State(out, meta, stream)
@@ -103,6 +104,18 @@ def profile(model: str, tokens: str, dtype: str, kind: str, out: str) -> dict[st
     run.profile_model(
         checkpoint, geometry, data, Path(out), options, tokenizer="", notify=print, advance=lambda done, total: None
     )
+    return {"seconds": time.perf_counter() - started}
+
+
+def heal(model: str, tokens: str, dtype: str, experts: str, out: str) -> dict[str, Any]:
+    """Seconds of fitting new values for a plan, loading and writing included."""
+    (checkpoint, geometry), data = opened(model), calibration(tokens)
+    plan = make_plan(checkpoint, geometry, strategy="random", experts=int(experts))
+    started = time.perf_counter()
+    fit_deltas(
+        checkpoint, geometry, plan, data, Path(out), run.ProfileOptions(device="cpu", dtype=dtype), notify=print,
+        advance=lambda done, total: None,
+    )  # fmt: skip
     return {"seconds": time.perf_counter() - started}
 
 
@@ -139,5 +152,7 @@ def whatif(model: str, tokens: str, dtype: str, kind: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    parts = {"compare": compare, "base": base, "profile": profile, "whole": whole, "whatif": whatif}
+    parts = {
+        "compare": compare, "base": base, "profile": profile, "whole": whole, "whatif": whatif, "heal": heal,
+    }  # fmt: skip
     print(json.dumps(parts[sys.argv[1]](*sys.argv[2:])))  # type: ignore[operator]

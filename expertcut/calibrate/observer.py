@@ -9,7 +9,8 @@ Shapes: T tokens, K top-k, S = T·K routed pairs sorted by expert, E experts, H 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,6 +28,10 @@ NAME = "expertcut"
 CHUNK_ROWS = 512
 """Routed pairs whose intermediates are held at a time, on a CPU."""
 
+Given = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], None]
+"""Called with the first of some experts, how many rows each has (E,), the rows' tokens (S,), and what their down
+projections are given, times their gates (S, I)."""
+
 
 def register() -> None:
     """Make the observing experts implementation known to transformers; harmless when repeated."""
@@ -38,11 +43,13 @@ def observed_experts(
 ) -> torch.Tensor:
     """Grouped forward of all routed experts, (T, H) → (T, H), equal bit for bit to transformers' `grouped_mm`.
 
-    With an `Observer` attached to the module, its statistics are recorded on the way. On a CPU a few experts are taken
+    With an `Observer` attached to the module, its statistics are recorded on the way; with `given_to`, what the down
+    projections are given is handed out. On a CPU a few experts are taken
     at a time: their intermediates stay in the cache, and only the (S, H) outputs are held whole. Numbers behind those
     of the experts hand their input through; `scales_input` of a module says that gates scale inputs, not outputs.
     """
     observer: Observer | None = experts.__dict__.get("_expertcut_observer")
+    given: Given | None = experts.__dict__.get("_expertcut_given")
     scales_input = getattr(experts, "scales_input", False)
     tokens, top_k = top_k_index.shape
     ids_S, perm = torch.sort(top_k_index.reshape(-1))
@@ -55,7 +62,10 @@ def observed_experts(
         x = hidden_states[at // top_k]
         if scales_input:
             x = x * gate_S1[rows].to(x.dtype)
-        x = activations(experts, x, some, offsets, ids_S[rows])
+        x = _project(experts, "gate_up_proj" if experts.has_gate else "up_proj", x, some, offsets, ids_S[rows])
+        x = experts._apply_gate(x) if experts.has_gate else experts.act_fn(x)
+        if given is not None:
+            given(some.start, counts_E[some], at // top_k, x if scales_input else x * gate_S1[rows].to(x.dtype))
         if observer is not None:
             act_S = _put(act_S, x.abs().amax(-1), at, perm)
         x = _project(experts, "down_proj", x, some, offsets, ids_S[rows])
@@ -77,16 +87,14 @@ def observed_experts(
     return sum_TH
 
 
-def activations(
-    experts: Any, x_SH: torch.Tensor, some: slice, offsets: torch.Tensor, ids_S: torch.Tensor
-) -> torch.Tensor:
-    """Return what the experts' down projections are given, (S, I), for inputs (S, H) in the order of `some` experts.
-
-    `offsets` says where each one's rows end, `ids_S` whose each row is.
-    """
-    x = _project(experts, "gate_up_proj" if experts.has_gate else "up_proj", x_SH, some, offsets, ids_S)
-    found: torch.Tensor = experts._apply_gate(x) if experts.has_gate else experts.act_fn(x)
-    return found
+@contextmanager
+def given_to(experts: nn.Module, given: Given) -> Iterator[None]:
+    """Let a function have what the down projections of a module of experts are given."""
+    experts.__dict__["_expertcut_given"] = given
+    try:
+        yield
+    finally:
+        del experts.__dict__["_expertcut_given"]
 
 
 def _chunks(counts_E: torch.Tensor, hands_through: bool) -> Iterator[tuple[slice, slice]]:

@@ -175,12 +175,12 @@ class _Run:
                 passage.step(index, layer, self.track, seen)
             left_TH = self._apart()
         before = left_TH.square().sum().item()
-        maps = seen.maps(watched, self.variant.kept[index], self.factor or 1.0)
+        maps = seen.maps(self.variant.kept[index], self.factor or 1.0)
         ridge, _ = best_ridge(list(maps.values()), left_TH, self._held(), RIDGES)
         if ridge is not None:
             refit(list(maps.values()), left_TH, ridge, ROUNDS)
         healed = LayerHealed(
-            index, ridge, sum(linear.change is not None for linear in maps.values()), len(maps),
+            index, ridge, sum(linear.change is not None for linear in maps.values()), len(watched.kept) + len(shared),
             left_TH.square().sum().item() / before if before else 1.0,
         )  # fmt: skip
         values = list(self._values(block, layer, watched, names, maps))
@@ -244,18 +244,21 @@ class _Run:
             if isinstance(role, Sliced):
                 parts = [stored.narrow(role.axis, e * role.unit, role.unit) for e in kept]
                 new = [
-                    _changed(name, part, _matrix(experts, e), maps[place].change)
+                    _changed(name, part, _matrix(experts, e), _change(maps, place))
                     for place, (e, part) in enumerate(zip(kept, parts, strict=True))
                 ]
                 yield name, torch.cat(new, dim=role.axis)
             elif isinstance(role, ExpertTensor):
                 place = kept.index(role.expert)
-                yield name, _changed(name, stored, _matrix(experts, role.expert), maps[place].change)
+                yield name, _changed(name, stored, _matrix(experts, role.expert), _change(maps, place))
             else:
                 where = self._place(block.layer, name)
-                change = maps[where].change if where in maps else None
                 weight: Any = layer.get_submodule(where).weight
-                yield name, _changed(name, stored, weight, change)
+                yield name, _changed(name, stored, weight, _change(maps, where))
+
+
+def _change(maps: dict[int | str, Linear], place: int | str) -> torch.Tensor | None:
+    return maps[place].change if place in maps else None
 
 
 def _matrix(experts: Any, expert: int) -> torch.Tensor:

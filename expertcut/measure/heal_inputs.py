@@ -1,7 +1,7 @@
 """What the down projections of one MoE layer are given while text goes through it: routed experts' and shared ones'.
 
-Hidden states, choices and gates are noted; what each expert makes of them is computed again when it is asked for, so
-that the inputs of one expert at a time are in memory.
+Nothing is computed twice: the experts hand out what they are given, each token's times its gate. All of a layer is in
+memory, T·(K + shared)·I numbers of the forward pass's dtype.
 
 Shapes: T tokens without padding, n those of an expert, H hidden, I width of a map's input, K top-k.
 """
@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from expertcut.calibrate.observer import activations
+from expertcut.calibrate.observer import given_to
 from expertcut.measure.refit import Linear
 
 
 class Seen:
-    """What the maps of a layer are given, noted while text goes through."""
+    """Notes what the maps of a layer are given."""
 
     def __init__(self, layer: nn.Module, experts: str, shared: list[str], *, sums: bool = False) -> None:
         """`shared` are the down projections of shared experts; with `sums`, what the experts add up to is noted too."""
@@ -29,13 +29,18 @@ class Seen:
         self._layer, self._experts, self._shared, self._with_sums = layer, experts, shared, sums
         self._now: dict[str, torch.Tensor] = {}
         self._all: dict[str, list[torch.Tensor]] = {}
+        self._routed_now: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+        self._routed: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        self._tokens = 0
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Note what passes within the block."""
         with ExitStack() as hooks:
-            experts = self._layer.get_submodule(self._experts)
-            hooks.callback(experts.register_forward_hook(self._on_experts, with_kwargs=True).remove)
+            experts: Any = self._layer.get_submodule(self._experts)
+            if self._with_sums:
+                hooks.callback(experts.register_forward_hook(self._on_sums).remove)
+            hooks.enter_context(given_to(experts.__dict__.get("_experts", experts), self._on_experts))
             for name in self._shared:
                 module = self._layer.get_submodule(name)
                 hooks.callback(module.register_forward_pre_hook(partial(self._on_shared, name)).remove)
@@ -46,39 +51,53 @@ class Seen:
     def commit(self) -> None:
         """Keep what a micro-batch showed, without padding."""
         assert self.domain_T is not None
-        valid = self.domain_T >= 0
+        valid_T = self.domain_T >= 0
         for name, noted in self._now.items():
-            self._all.setdefault(name, []).append(noted.flatten(0, -2)[valid])
-        self._now.clear()
+            self._all.setdefault(name, []).append(noted.flatten(0, -2)[valid_T])
+        place_T = valid_T.cumsum(0) - 1 + self._tokens
+        whole = bool(valid_T.all())
+        for expert, tokens_n, given_nI in self._routed_now:
+            if not whole:
+                real = valid_T[tokens_n]
+                tokens_n, given_nI = tokens_n[real], given_nI[real]
+            self._routed.setdefault(expert, []).append((place_T[tokens_n], given_nI))
+        self._tokens += int(valid_T.sum())
+        self.discard()
 
     def discard(self) -> None:
         """Forget it."""
         self._now.clear()
+        self._routed_now.clear()
 
     def sums(self) -> torch.Tensor:
         """What the experts added up to, (T, H) float32."""
         return torch.cat(self._all["sums"]).float()
 
-    def maps(self, experts: Any, kept: Sequence[int], factor: float) -> dict[int | str, Linear]:
-        """The down projections: of kept experts by their new numbers, of shared ones by their names in the layer."""
-        hidden_TH, index_TK, gates_TK = (torch.cat(self._all.pop(name)) for name in ("hidden", "index", "gates"))
+    def maps(self, kept: Sequence[int], factor: float) -> dict[int | str, Linear]:
+        """The down projections that saw tokens: of kept experts by their new numbers, of shared ones by their names.
+
+        `factor` is on all that routed experts add. What was noted is forgotten.
+        """
         found: dict[int | str, Linear] = {}
         for place, expert in enumerate(kept):
-            rows_n, slots_n = (index_TK == place).nonzero(as_tuple=True)
-            gates_n = gates_TK[rows_n, slots_n]
-            found[place] = Linear(rows_n, partial(_inputs, experts, expert, hidden_TH, rows_n, gates_n, factor))
-        every = torch.arange(len(hidden_TH), device=hidden_TH.device)
+            if parts := self._routed.pop(expert, None):
+                rows, given = (torch.cat(some) for some in zip(*parts, strict=True))
+                found[place] = Linear(rows, given if factor == 1 else given * factor)
+        self._routed.clear()
         for name in self._shared:
-            given_TI = torch.cat(self._all.pop(name)).float() * factor
+            given = torch.cat(self._all.pop(name))
             if gate := self._all.pop(f"{name} gate", None):
-                given_TI *= torch.cat(gate).float().sigmoid()
-            found[name] = Linear(every, given_TI.__getitem__)
+                given = given * torch.cat(gate).sigmoid()
+            found[name] = Linear(torch.arange(len(given), device=given.device), given)
         return found
 
-    def _on_experts(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: torch.Tensor) -> None:
-        self._now |= zip(("hidden", "index", "gates"), (*args, *kwargs.values()), strict=False)
-        if self._with_sums:
-            self._now["sums"] = out
+    def _on_experts(self, first: int, counts_E: torch.Tensor, tokens_S: torch.Tensor, given_SI: torch.Tensor) -> None:
+        counts = counts_E.tolist()
+        tokens, given = (torch.split(all_S[: sum(counts)], counts) for all_S in (tokens_S, given_SI))
+        self._routed_now += [(first + i, tokens[i], given[i]) for i, count in enumerate(counts) if count]
+
+    def _on_sums(self, module: nn.Module, args: tuple[Any, ...], out: torch.Tensor) -> None:
+        self._now["sums"] = out
 
     def _on_shared(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         self._now[name] = args[0]
@@ -92,18 +111,3 @@ def _gate(layer: nn.Module, down_proj: str) -> nn.Module | None:
     block = layer.get_submodule(down_proj.rpartition(".")[0].rpartition(".")[0])
     gate = getattr(block, "shared_expert_gate", None)
     return gate if isinstance(gate, nn.Module) else None
-
-
-def _inputs(
-    experts: Any, expert: int, hidden_TH: torch.Tensor, rows_n: torch.Tensor, gates_n: torch.Tensor, factor: float,
-    places_m: torch.Tensor,
-) -> torch.Tensor:  # fmt: skip
-    """What an expert's down projection is given for some of its tokens, times gate and factor: (m, I) float32."""
-    x, gates_m1 = hidden_TH[rows_n[places_m]], gates_n[places_m, None]
-    scales_input = getattr(experts, "scales_input", False)
-    if scales_input:
-        x = x * gates_m1.to(x.dtype)
-    ends = torch.tensor([len(x)], dtype=torch.int32, device=x.device)
-    whose = torch.full((len(x),), expert, device=x.device)
-    a = activations(experts, x, slice(expert, expert + 1), ends, whose).float() * factor
-    return a if scales_input else a * gates_m1.float()

@@ -5,23 +5,24 @@ For inputs A (n, I) of a map, already times gate and factor, and what is left R 
     ΔW = argmin ‖R − A ΔWᵀ‖² + μ ‖ΔW‖²,  μ = ridge · mean diagonal of AᵀA,
 
 taken on what the other maps leave, in a few rounds: block coordinate descent on all of them. Sums and solutions are
-float32 on the residual's device. Memory: the residual, and of one map at a time AᵀA, AᵀR and inputs of CHUNK tokens.
+float32 on the residual's device. Memory: the residual, all maps' inputs, a factor (I, I) of each map between rounds,
+and of one map at a time copies of CHUNK tokens.
 
 Shapes: T tokens, n those of a map, H hidden, I width of a map's input.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 
 CHUNK = 16384
-"""Tokens whose inputs are in memory at a time."""
+"""Tokens of a map that are taken at a time."""
 LEAST = 16
 """A map that sees fewer tokens is left alone."""
-TRIED = 8
+TRIED = 4
 """Maps of a layer, the busiest, that its ridge is chosen by."""
 
 
@@ -30,19 +31,23 @@ class Linear:
     """A linear map whose weight may change."""
 
     rows_n: torch.Tensor
-    """(n,) int64: which tokens it sees."""
-    inputs: Callable[[torch.Tensor], torch.Tensor]
-    """Places in `rows_n`, (m,) → what the map is given there, (m, I) float32, times all that its output is."""
-    change: torch.Tensor | None = field(default=None)
+    """(n,) int64, distinct: which tokens it sees."""
+    given_nI: torch.Tensor
+    """(n, I): what it is given there, times all that its output is."""
+    change: torch.Tensor | None = None
     """ΔW found so far, (H, I) float32."""
 
 
 def refit(maps: Sequence[Linear], left_TH: torch.Tensor, ridge: float, rounds: int) -> None:
     """Change maps so that they add what is left, and take what they add from `left_TH`, (T, H) float32, in place."""
-    for _ in range(rounds):
-        for linear in maps:
-            if len(linear.rows_n) >= LEAST:
-                _improve(linear, left_TH, ridge)
+    busy = [linear for linear in maps if len(linear.rows_n) >= LEAST]
+    factors: list[tuple[torch.Tensor, float] | None] = []
+    for at in range(rounds):
+        for i, linear in enumerate(busy):
+            if at == 0:
+                factors.append(_factor(_gram(linear.given_nI), ridge))
+            if (found := factors[i]) is not None:
+                _improve(linear, left_TH, *found)
 
 
 def best_ridge(
@@ -57,62 +62,58 @@ def best_ridge(
     whole = 0.0
     for linear in sorted(maps, key=lambda linear: -len(linear.rows_n))[:TRIED]:
         held = held_T[linear.rows_n]
-        fit, test = _sums(linear, left_TH, ~held), _sums(linear, left_TH, held)
-        if min(fit.count, test.count) < LEAST:
+        fit, test = (Linear(linear.rows_n[some], linear.given_nI[some]) for some in (~held, held))
+        if min(len(fit.rows_n), len(test.rows_n)) < LEAST:
             continue
-        whole += test.square
+        gram, cross = _gram(fit.given_nI), _cross(fit, left_TH)
+        test_gram, test_cross = _gram(test.given_nI), _cross(test, left_TH)
+        whole += left_TH[test.rows_n].square().sum().item()
         for i, ridge in enumerate(ridges):
-            change = _solved(fit, ridge, None)
-            taken[i] += 2 * (test.cross * change.T).sum().double() - ((change @ test.gram) * change).sum().double()
+            if (found := _factor(gram, ridge)) is not None:
+                step = torch.cholesky_solve(cross, found[0])
+                taken[i] += 2 * (test_cross * step).sum().item() - ((test_gram @ step) * step).sum().item()
     best = int(taken.argmax())
     return (ridges[best], float(taken[best]) / whole) if taken[best] > 0 else (None, 0.0)
 
 
-@dataclass
-class _Sums:
-    gram: torch.Tensor
-    """(I, I): AᵀA."""
-    cross: torch.Tensor
-    """(I, H): AᵀR."""
-    count: int
-    square: float
-    """‖R‖²."""
+def _improve(linear: Linear, left_TH: torch.Tensor, factor: torch.Tensor, mu: float) -> None:
+    cross = _cross(linear, left_TH)
+    if linear.change is not None:
+        cross.addcmul_(linear.change.T, cross.new_tensor(-mu))
+    step_IH = torch.cholesky_solve(cross, factor)
+    linear.change = step_IH.T if linear.change is None else linear.change + step_IH.T
+    for rows, given in _chunks(linear):
+        left_TH[rows] = torch.addmm(left_TH[rows], given, step_IH, alpha=-1)
 
 
-def _sums(linear: Linear, left_TH: torch.Tensor, chosen_n: torch.Tensor | None) -> _Sums:
-    gram = cross = None
-    square = torch.zeros((), dtype=torch.float64)
-    places = torch.arange(len(linear.rows_n), device=left_TH.device)
-    places = places if chosen_n is None else places[chosen_n]
-    for some in _chunks(places):
-        a, r = linear.inputs(some), left_TH[linear.rows_n[some]]
-        gram = a.T @ a if gram is None else gram.addmm_(a.T, a)
-        cross = a.T @ r if cross is None else cross.addmm_(a.T, r)
-        square += r.square().sum().double().cpu()
-    if gram is None or cross is None:
-        gram = cross = left_TH.new_zeros(0, 0)
-    return _Sums(gram, cross, len(places), float(square))
+def _factor(gram_II: torch.Tensor, ridge: float) -> tuple[torch.Tensor, float] | None:
+    """The Cholesky factor of a Gram matrix with its ridge, and μ; None where inputs are all 0."""
+    mu = float(gram_II.diagonal().mean()) * ridge
+    factor, failed = torch.linalg.cholesky_ex(gram_II + mu * torch.eye(len(gram_II), device=gram_II.device))
+    return None if failed or not mu > 0 else (factor, mu)
 
 
-def _improve(linear: Linear, left_TH: torch.Tensor, ridge: float) -> None:
-    step = _solved(_sums(linear, left_TH, None), ridge, linear.change)
-    linear.change = step if linear.change is None else linear.change + step
-    for some in _chunks(torch.arange(len(linear.rows_n), device=left_TH.device)):
-        left_TH.index_add_(0, linear.rows_n[some], linear.inputs(some) @ step.T, alpha=-1)
+def _gram(given_nI: torch.Tensor) -> torch.Tensor:
+    """(I, I) float32: AᵀA."""
+    parts = (some.float() for some in torch.split(given_nI, CHUNK))
+    first = next(parts)
+    gram = first.T @ first
+    for some in parts:
+        gram.addmm_(some.T, some)
+    return gram
 
 
-def _solved(sums: _Sums, ridge: float, before: torch.Tensor | None) -> torch.Tensor:
-    """ΔW, (H, I), or by how much one found `before` is to change."""
-    gram, cross = sums.gram.clone(), sums.cross
-    mu = gram.diagonal().mean() * ridge
-    if before is not None:
-        cross = cross - mu * before.T
-    gram.diagonal().add_(mu)
-    factor, failed = torch.linalg.cholesky_ex(gram)
-    if failed or not bool(mu > 0):  # inputs that are all 0
-        return torch.zeros_like(cross).T
-    return torch.cholesky_solve(cross, factor).T
+def _cross(linear: Linear, left_TH: torch.Tensor) -> torch.Tensor:
+    """(I, H) float32: AᵀR."""
+    parts = _chunks(linear)
+    rows, given = next(parts)
+    cross = given.T @ left_TH[rows]
+    for rows, given in parts:
+        cross.addmm_(given.T, left_TH[rows])
+    return cross
 
 
-def _chunks(places: torch.Tensor) -> Iterator[torch.Tensor]:
-    yield from torch.split(places, CHUNK) if len(places) else ()
+def _chunks(linear: Linear) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield the rows of some tokens, and what is given there in float32."""
+    for rows, given in zip(torch.split(linear.rows_n, CHUNK), torch.split(linear.given_nI, CHUNK), strict=True):
+        yield rows, given.float()
