@@ -69,7 +69,7 @@ class Seen:
             found[place] = Linear(rows_n, partial(_inputs, experts, expert, hidden_TH, rows_n, gates_n, factor))
         every = torch.arange(len(hidden_TH), device=hidden_TH.device)
         for name in self._shared:
-            given_TI = torch.cat(self._all.pop(name)).float() * factor
+            given_TI = torch.cat(self._all.pop(name)).float()
             if gate := self._all.pop(f"{name} gate", None):
                 given_TI *= torch.cat(gate).float().sigmoid()
             found[name] = Linear(every, given_TI.__getitem__)
