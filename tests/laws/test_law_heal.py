@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import shutil
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from law_models import Model
+from test_law_gain import gained
 from tiny_models import NAMES, silent, tiny_model, tokens
 from tiny_types import NOT_STREAMED, STREAMED, tiny_type
 from torch import nn
@@ -29,6 +30,7 @@ from expertcut.checkpoint import Checkpoint, open_checkpoint
 from expertcut.choose import Plan
 from expertcut.errors import CheckpointError, PlanError
 from expertcut.measure import heal_fit
+from expertcut.measure.heal import _prefixes
 from expertcut.measure.heal_fit import LayerHealed, fit_deltas
 from expertcut.measure.variants import Variant
 from expertcut.model import read_geometry
@@ -85,9 +87,9 @@ def lower(model: Model) -> Plan:
     return model.random_plan(seed=3, top_k=top_k - 1 if top_k > 1 and not family.fixed_top_k else None)
 
 
-def fitted(model: Model, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Fitted:
+def fitted(model: Model, plan: Plan, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Fitted:
     """Fit all layers with the same ridge, as random weights and text may not tell that one helps."""
-    plan, assumed, heal = lower(model), dict[int, Assumed](), heal_fit._Run.heal
+    assumed, heal = dict[int, Assumed](), heal_fit._Run.heal
 
     def noted(self: Any, block: Any, base: Any, names: list[str]) -> Any:
         passage, track = self.passage, self.track or 0
@@ -165,6 +167,16 @@ def check_layers(model: Model, fit: Fitted, rounding: float) -> list[torch.Tenso
         return logits(passage)
 
 
+def logits_of(model: Model, plan: Plan) -> list[torch.Tensor]:
+    """What the plan in memory makes of the text."""
+    with ExitStack() as stack:
+        stream, passage = opened(model.checkpoint, stack)
+        variant = Variant(stream, plan)
+        for index, base in stream.layers():
+            passage.step(index, variant.layer(index, base))
+        return logits(passage)
+
+
 def check_written(model: Model, fit: Fitted, out: Path, expected: list[torch.Tensor]) -> None:
     prune(model.checkpoint, model.geometry, fit.healed, out)
     require(verify_structure(out, model.checkpoint) + verify_bytes(out, model.checkpoint))
@@ -180,7 +192,7 @@ def test_law_3_for_healed_plans(
     name: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = scaled(tiny_type(name, tmp_path_factory), tmp_path / "model")
-    fit = fitted(model, tmp_path, monkeypatch)
+    fit = fitted(model, lower(model), tmp_path, monkeypatch)
     check_written(model, fit, tmp_path / "out", check_layers(model, fit, 1e-3))
 
 
@@ -190,8 +202,23 @@ def test_law_3_for_healed_plans_as_the_hub_stores_them(
 ) -> None:
     """New values are rounded to bfloat16."""
     model = scaled(tiny_model(name, tmp_path_factory), tmp_path / "model")
-    fit = fitted(model, tmp_path, monkeypatch)
+    fit = fitted(model, lower(model), tmp_path, monkeypatch)
     check_written(model, fit, tmp_path / "out", check_layers(model, fit, 0.1))
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3", "gpt_oss", "qwen3_vl_moe"])
+@pytest.mark.parametrize("gains", [(0.8,), (0.8, 1.1)], ids=["one", "each"])
+def test_law_3_with_gains_and_new_values_of_some_layers(
+    name: str, gains: tuple[float, ...], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """New values are found with the gain; where there are none it is in the config, or in the old ones and biases."""
+    model = scaled(tiny_model(name, tmp_path_factory), tmp_path / "model")
+    fit = fitted(model, gained(lower(model), *gains), tmp_path, monkeypatch)
+    expected = check_layers(model, fit, 0.1)
+    check_written(model, fit, tmp_path / "out", expected)
+    some = dict(_prefixes(model.geometry, fit.healed))[1]
+    check_written(model, replace(fit, healed=some), tmp_path / "some", logits_of(model, some))
 
 
 @pytest.mark.parametrize("name", UNHEALABLE)
@@ -200,7 +227,7 @@ def test_a_type_that_cannot_be_healed_is_refused_by_name(
 ) -> None:
     model = Model(tiny_type(name, tmp_path_factory))
     with pytest.raises(PlanError, match=UNHEALABLE[name]):
-        fitted(model, tmp_path, monkeypatch)
+        fitted(model, lower(model), tmp_path, monkeypatch)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -210,5 +237,5 @@ def test_a_type_that_cannot_be_streamed_is_refused(
 ) -> None:
     model = Model(tiny_type(name, tmp_path_factory))
     with pytest.raises(CheckpointError, match=NOT_STREAMED[name]):
-        fitted(model, tmp_path, monkeypatch)
+        fitted(model, lower(model), tmp_path, monkeypatch)
     assert list(tmp_path.iterdir()) == []
