@@ -32,10 +32,12 @@ from expertcut.errors import CheckpointError, PlanError
 from expertcut.measure import heal_fit
 from expertcut.measure.heal import _prefixes
 from expertcut.measure.heal_fit import LayerHealed, fit_deltas
+from expertcut.measure.numeric import verify_numeric
 from expertcut.measure.variants import Variant
 from expertcut.model import read_geometry
 from expertcut.model.families import SCALING_KEYS
-from expertcut.rewrite import prune, require, verify_bytes, verify_structure
+from expertcut.rewrite import Check, prune, require, verify_bytes, verify_structure
+from expertcut.rewrite.record import Record
 
 OPTIONS = ProfileOptions(device="cpu", dtype="float32")
 DATA = tokens((56, 56, 40), seed=12)
@@ -219,6 +221,30 @@ def test_law_3_with_gains_and_new_values_of_some_layers(
     check_written(model, fit, tmp_path / "out", expected)
     some = dict(_prefixes(model.geometry, fit.healed))[1]
     check_written(model, replace(fit, healed=some), tmp_path / "some", logits_of(model, some))
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3", "gpt_oss", "qwen3_vl_moe"])
+def test_law_3_as_verify_checks_it(
+    name: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file of new values is not asked for: the record has their sums, the checkpoint has them."""
+    model = Model(tiny_model(name, tmp_path_factory))
+    fit = fitted(model, lower(model), tmp_path, monkeypatch)
+    prune(model.checkpoint, model.geometry, fit.healed, tmp_path / "out")
+    (tmp_path / "new.safetensors").unlink()
+
+    def verified() -> list[Check]:
+        return verify_numeric(
+            open_checkpoint(tmp_path / "out"), model.checkpoint, Record.load(tmp_path / "out").plan, DATA,
+            device="cpu", notify=silent, advance=silent,
+        )  # fmt: skip
+
+    require(verified())
+    prune(model.checkpoint, model.geometry, fit.plan, tmp_path / "plain")
+    for shard in (tmp_path / "plain").glob("*.safetensors"):
+        shutil.copy(shard, tmp_path / "out")
+    with pytest.raises(PlanError, match="does not have the sha256 that the plan gives"):
+        verified()
 
 
 @pytest.mark.parametrize("name", UNHEALABLE)

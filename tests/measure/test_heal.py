@@ -103,7 +103,7 @@ def test_half_of_the_experts_healed_do_better_on_unseen_text(texts: Texts, heale
     found, path = healed
     lost = found.found.mean("nll", PLAN) - found.found.mean("nll", BASE)
     won = found.found.difference(found.name, PLAN)
-    assert won.high < 0 and won.value < -0.4 * lost
+    assert won.sign < 0 and won.value < -0.4 * lost
     assert found.kept >= 3 and found.name == f"healed, {found.kept} layers"
     assert [layer.layer for layer in found.layers] == [block.layer for block in texts.geometry.trunk]
     assert all(layer.ridge and layer.changed <= layer.maps == 16 and 0 < layer.left < 0.8 for layer in found.layers)
@@ -241,7 +241,7 @@ def test_a_plan_with_gains_is_healed_with_them(texts: Texts, tmp_path: Path) -> 
     found = texts.heal(plan, tmp_path / FILE)
     assert not {"one gain", "a gain per layer"} & set(found.found.names)
     assert found.kept and found.plan.beside(tmp_path, None) == plan
-    assert found.found.difference(found.name, PLAN).high < 0
+    assert found.found.difference(found.name, PLAN).sign < 0
 
 
 TYPES = ["qwen3_moe", "deepseek_v3", "gpt_oss", "gemma4_text"]

@@ -242,11 +242,16 @@ def flip(path: Path, at: int = -1) -> None:
     path.write_bytes(data)
 
 
+def into_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
 TENSOR = "model.layers.1.mlp.experts.2.down_proj.weight"
 LAST = "model.layers.2.mlp.experts.6.down_proj.weight"
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "gone": (Path.unlink, "no such file"),
-    "a folder": (lambda path: (path.unlink(), path.mkdir()), "no such file"),
+    "a folder": (into_folder, "no such file"),
     "empty": (lambda path: path.write_bytes(b""), "empty file"),
     "cut": (lambda path: path.write_bytes(path.read_bytes()[:-1]), "truncated"),
     "no safetensors": (lambda path: path.write_bytes(b"x" * 1000), "header"),
