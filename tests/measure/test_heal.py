@@ -23,7 +23,7 @@ from expertcut.errors import DestinationError, PlanError
 from expertcut.measure import heal, heal_fit
 from expertcut.measure.gain import with_gains
 from expertcut.measure.heal import PLAN, Healed, heal_plan
-from expertcut.measure.heal_fit import fit_deltas
+from expertcut.measure.heal_fit import LayerHealed, fit_deltas
 from expertcut.measure.quality import BASE, WhatIf
 from expertcut.measure.whatif import METRICS, evaluate
 from expertcut.model import Geometry, read_geometry
@@ -249,19 +249,21 @@ TYPES = ["qwen3_moe", "deepseek_v3", "gpt_oss", "gemma4_text"]
 
 
 def fitted(
-    name: str, factory: pytest.TempPathFactory, path: Path, monkeypatch: pytest.MonkeyPatch, micro_tokens: int = 2048
-) -> dict[str, torch.Tensor]:
+    name: str, factory: pytest.TempPathFactory, path: Path, monkeypatch: pytest.MonkeyPatch, micro_tokens: int = 2048,
+    dtype: str = "float32",
+) -> tuple[dict[str, torch.Tensor], list[LayerHealed]]:  # fmt: skip
     """New values of a tiny model, float32, all layers by one ridge."""
     checkpoint = open_checkpoint(tiny_type(name, factory))
     geometry = read_geometry(checkpoint)
     plan = make_plan(checkpoint, geometry, strategy="random", experts=6, top_k=1)
     monkeypatch.setattr(heal_fit, "best_ridge", lambda *args: (0.3, 0.0))
-    options = ProfileOptions(device="cpu", dtype="float32", micro_tokens=micro_tokens)
-    deltas, _ = fit_deltas(checkpoint, geometry, plan, DATA, path, options, notify=silent, advance=silent)
+    options = ProfileOptions(device="cpu", dtype=dtype, micro_tokens=micro_tokens)
+    deltas, layers = fit_deltas(checkpoint, geometry, plan, DATA, path, options, notify=silent, advance=silent)
     infos = new_tensors(checkpoint, geometry, plan.beside(path.parent, deltas))
-    return {
+    values = {
         name: torch.from_numpy(read_new(info, deltas.tensors[name]).view(np.float32)) for name, info in infos.items()
     }
+    return values, layers
 
 
 def assert_alike(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
@@ -275,7 +277,18 @@ def test_padding_counts_for_nothing(
     name: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Sequences of other lengths in one micro-batch give the values that they give alone."""
-    assert_alike(*(fitted(name, tmp_path_factory, tmp_path / FILE, monkeypatch, size) for size in (10_000, 1)))
+    assert_alike(*(fitted(name, tmp_path_factory, tmp_path / FILE, monkeypatch, size)[0] for size in (10_000, 1)))
+
+
+@pytest.mark.parametrize("name", [*TYPES, "longcat_flash"])
+def test_a_pass_in_bfloat16_finds_about_the_same(
+    name: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, half = (
+        fitted(name, tmp_path_factory, tmp_path / FILE, monkeypatch, dtype=dtype) for dtype in ("float32", "bfloat16")
+    )
+    assert [layer.left for layer in half[1]] == pytest.approx([layer.left for layer in whole[1]], abs=0.05)
+    assert half[0].keys() == whole[0].keys()
 
 
 @pytest.mark.parametrize("name", TYPES)
@@ -284,7 +297,7 @@ def test_running_out_of_memory_changes_nothing(
 ) -> None:
     """Micro-batches are halved on the way, also between the base's run of a layer and the plan's."""
     run, refused = Passage._run, list[int]()
-    whole = fitted(name, tmp_path_factory, tmp_path / FILE, monkeypatch)
+    whole, _ = fitted(name, tmp_path_factory, tmp_path / FILE, monkeypatch)
 
     def tight(self: Passage, index: int, layer: Any, track: int, at: int, watcher: Any) -> None:
         if len(self.prepared[at].batch.rows) > (4, 2, 1)[track]:
@@ -293,7 +306,7 @@ def test_running_out_of_memory_changes_nothing(
         run(self, index, layer, track, at, watcher)
 
     monkeypatch.setattr(Passage, "_run", tight)
-    assert_alike(fitted(name, tmp_path_factory, tmp_path / FILE, monkeypatch), whole)
+    assert_alike(fitted(name, tmp_path_factory, tmp_path / FILE, monkeypatch)[0], whole)
     assert len(set(refused)) == 2, "in the base's run and in the plan's"
 
 
