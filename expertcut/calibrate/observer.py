@@ -77,7 +77,7 @@ def observed_experts(
     assert weighted_SH is not None
     if getattr(experts, "hands_through", False):
         at = perm[int(counts_E.sum()) :]
-        weighted_SH[at] = hidden_states[at // top_k] * gate_S1[len(perm) - len(at) :].to(hidden_states.dtype)
+        weighted_SH[at] = hidden_states[at // top_k] * gate_S1[len(perm) - len(at) :]
     weighted_TKH = weighted_SH.view(tokens, top_k, -1)
     sum_TH = weighted_TKH.sum(dim=1).to(hidden_states.dtype)
     if observer is not None and act_S is not None:

@@ -13,8 +13,11 @@ Shapes: T tokens without padding, H hidden, I width of a map's input, K top-k.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +45,8 @@ RIDGES = (0.3, 1.0, 3.0)
 """Strengths of regularisation that are tried, in mean diagonals of a map's Gram matrix."""
 ROUNDS = 2
 """How often each map of a layer is improved."""
+SHARED = re.compile(r"shared_(?:experts?|mlp)\.")
+"""Shared experts, in the name of a tensor below its block."""
 HELD = 4
 """Every so manieth sequence is held back while a layer's ridge is chosen."""
 
@@ -73,14 +78,17 @@ def fit_deltas(
     """
     validate(plan, geometry)
     names = {block.layer: list(_healable(checkpoint, geometry, plan, block)) for block in geometry.trunk}
-    announced = [
-        (name, checkpoint.tensors[name].dtype, new_shape(checkpoint, geometry, plan, name))
-        for layer in names.values()
-        for name in layer
-    ]
     domains = [data.domains.index(s.domain) for s in data.sequences]
     batches = make_batches([s.ids for s in data.sequences], domains, options.micro_tokens)
-    with open_stream(checkpoint, geometry, data, options, notify) as stream, DeltaFile(path, announced) as file:
+    with ExitStack() as opened:
+        stream = opened.enter_context(open_stream(checkpoint, geometry, data, options, notify))
+        if joining_factor(stream.config) is None:
+            names = {block.layer: [n for n in names[block.layer] if n in block.tensors] for block in geometry.trunk}
+        announced = [
+            (name, checkpoint.tensors[name].dtype, new_shape(checkpoint, geometry, plan, name))
+            for name in chain.from_iterable(names.values())
+        ]
+        file = opened.enter_context(DeltaFile(path, announced))
         run, done = _Run(stream, plan, Passage(stream, batches, 1, notify)), []
         for index, base in stream.layers():
             block = stream.block(index)
@@ -117,8 +125,8 @@ def _healable(checkpoint: Checkpoint, geometry: Geometry, plan: Plan, block: Moe
             yield _held(checkpoint, weight)
     for name, info in checkpoint.tensors.items():
         below = name.removeprefix(f"{block.prefix}.")
-        shared = below != name and name not in block.tensors and below.endswith(".weight") and len(info.shape) == 2
-        if shared and LAST.search(below) and info.dtype in ROUNDING:
+        shared = below != name and name not in block.tensors and SHARED.match(below) and len(info.shape) == 2
+        if shared and below.endswith(".weight") and LAST.search(below) and info.dtype in ROUNDING:
             yield name
 
 
@@ -157,9 +165,10 @@ class _Run:
         assert experts is not None
         watched: Any = layer.get_submodule(experts)
         if getattr(watched, "has_post_expert_norm", False):
-            raise PlanError(f"{block.prefix}: a norm follows each expert, so that no down projection can be refitted")
+            family = self.stream.geometry.family.model_type
+            raise PlanError(f"{family}: a norm follows each expert, so that no down projection can be refitted")
         shared = [self._place(index, name) for name in names if name not in block.tensors]
-        seen = Seen(layer, experts, shared if self.factor is not None else [], sums=self.factor is None)
+        seen = Seen(layer, experts, shared, sums=self.factor is None)
         if self.factor is None:
             whole = Seen(base, experts, [], sums=True)
             with whole.watching():

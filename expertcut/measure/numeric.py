@@ -23,9 +23,9 @@ from expertcut.calibrate.passage import Advance, Notify, Passage, run_through
 from expertcut.calibrate.transfer import resolve_device
 from expertcut.checkpoint.types import Checkpoint
 from expertcut.choose.plan import Plan, kept_by_block
-from expertcut.measure.variants import Variant
+from expertcut.measure.variants import Variant, changes_of
 from expertcut.model import Geometry, read_geometry
-from expertcut.rewrite.verify import Check
+from expertcut.rewrite.verify import Check, written_values
 
 TOLERANCE = 1e-5
 """Largest difference of the middle token to the masked source, relative to the logits' standard deviation.
@@ -43,10 +43,12 @@ def verify_numeric(
 ) -> list[Check]:  # fmt: skip
     """Compare the logits of a written checkpoint with those of its source under the plan, in float32.
 
+    New values that the plan gives to tensors are taken from the written checkpoint, as far as they have its sha256.
     Returns one check each for equality, the independent mask, and the two controls.
 
     Raises:
         CheckpointError: one of the two cannot be run.
+        PlanError: new values are not those that the plan names.
     """
     geometry = read_geometry(source)
     where = resolve_device(device)
@@ -60,7 +62,8 @@ def verify_numeric(
         found = _table(run_through(new, batches, 1, lambda index, layer: [layer], notify, advance))
     spread = float(torch.cat(list(found.values())).std()) or 1.0
     with closing(stream(source, geometry)) as old:
-        variant, everything = Variant(old, plan), Variant(old, _all_kept(plan, geometry))
+        changes = changes_of(old, plan, written_values(written, source, geometry, plan))
+        variant, everything = Variant(old, plan, changes), Variant(old, _all_kept(plan, geometry), changes)
         by_prefix = kept_by_block(plan, geometry)
         kept = {block.layer: by_prefix[prefix] for prefix, block in geometry.blocks.items()}
         uses = _Uses(geometry, kept)

@@ -31,7 +31,7 @@ class Linear:
     """A linear map whose weight may change."""
 
     rows_n: torch.Tensor
-    """(n,) int64, distinct: which tokens it sees."""
+    """(n,) int64: which tokens it sees."""
     given_nI: torch.Tensor
     """(n, I): what it is given there, times all that its output is."""
     change: torch.Tensor | None = None
@@ -83,7 +83,7 @@ def _improve(linear: Linear, left_TH: torch.Tensor, factor: torch.Tensor, mu: fl
     step_IH = torch.cholesky_solve(cross, factor)
     linear.change = step_IH.T if linear.change is None else linear.change + step_IH.T
     for rows, given in _chunks(linear):
-        left_TH[rows] = torch.addmm(left_TH[rows], given, step_IH, alpha=-1)
+        left_TH.index_add_(0, rows, given @ step_IH, alpha=-1)  # a token that skips may be there twice
 
 
 def _factor(gram_II: torch.Tensor, ridge: float) -> tuple[torch.Tensor, float] | None:

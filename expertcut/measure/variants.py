@@ -9,7 +9,7 @@ or has new values for, the variant has its own.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -28,6 +28,9 @@ from expertcut.rewrite.config import edit_config
 from expertcut.rewrite.deltas import new_tensors, read_new
 from expertcut.rewrite.gain import folded
 from expertcut.rewrite.layout import config_edits
+
+Changes = Mapping[str, Callable[[torch.Tensor], torch.Tensor]]
+"""Name of a tensor in the source → what becomes of its values, as they are stored."""
 
 
 class Renumbered(nn.Module):
@@ -61,13 +64,13 @@ def _replaced(module: nn.Module, path: str, tensor: torch.Tensor) -> nn.Module:
     return own
 
 
-def _changes(stream: LayerStream, plan: Plan) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
-    """What becomes of the values of tensors that the plan changes, by their names in the source."""
+def changes_of(stream: LayerStream, plan: Plan, new: Mapping[str, TensorInfo]) -> Changes:
+    """Return what becomes of the values of tensors that the plan changes; `new` says where its new values lie."""
     checkpoint, geometry = stream.checkpoint, stream.geometry
     changes: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
         name: partial(times, factor=factor) for name, factor in folded(checkpoint, geometry, plan).items()
     }
-    new, kept = new_tensors(checkpoint, geometry, plan), kept_by_block(plan, geometry)
+    kept = kept_by_block(plan, geometry)
     for name, info in new.items():
         assert plan.deltas is not None
         role, read = geometry.roles[name], partial(_new_values, info, plan.deltas.tensors[name])
@@ -96,14 +99,21 @@ def _with_rows(stored: torch.Tensor, read: Callable[[], torch.Tensor], axis: int
 class Variant:
     """The model under a plan, sharing the base's weights."""
 
-    def __init__(self, stream: LayerStream, plan: Plan) -> None:
+    def __init__(self, stream: LayerStream, plan: Plan, changes: Changes | None = None) -> None:
+        """`changes` are those of tensors' values; None: the plan's own, its new values read from the file beside it.
+
+        Raises:
+            PlanError: that file is missing or damaged.
+        """
         geometry = stream.geometry
         kept = kept_by_block(plan, geometry)
         self.kept = {block.layer: kept[block.prefix] for block in geometry.trunk}
         self.top_k, self._stream = numbers(plan, geometry).top_k, stream
         raw = edit_config(stream.checkpoint.config, config_edits(stream.checkpoint, geometry, plan))
         self._layers = find_layers(hf.build_model(hf.config_like(stream.config, raw), raw, stream.dtype))[1]
-        self._changes = _changes(stream, plan)
+        if changes is None:
+            changes = changes_of(stream, plan, new_tensors(stream.checkpoint, geometry, plan))
+        self._changes = changes
 
     def layer(self, index: int, base: nn.Module) -> nn.Module:
         """Return the layer of this variant; valid as long as the base's layer is."""

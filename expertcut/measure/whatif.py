@@ -99,8 +99,8 @@ class _Change:
     """What a plan does in a layer."""
 
     entry: LayerPlan
-    deltas: frozenset[str]
-    """sha256 of the new values of its tensors."""
+    deltas: frozenset[tuple[str, str]]
+    """Tensors with new values, and the sha256 of these."""
 
 
 def _part(passage: Passage, tracks: Sequence[int], changes: Sequence[_Change | None]) -> list[int]:
@@ -126,7 +126,7 @@ def _change(plan: Plan, geometry: Geometry, index: int) -> _Change | None:
     entry = plan.layers[block.prefix]
     if entry.top_k == geometry.top_k:
         entry = entry.model_copy(update={"top_k": None})
-    change = _Change(entry, frozenset(deltas_of(plan, block).values()))
+    change = _Change(entry, frozenset(deltas_of(plan, block).items()))
     untouched = _Change(LayerPlan(layer=index, kept=tuple(range(geometry.num_experts))), frozenset())
     return None if change == untouched else change
 

@@ -28,6 +28,8 @@ from expertcut.model import ExpertTensor, Geometry, Sliced
 from expertcut.rewrite.files import write_all
 
 SCHEMA = "expertcut.deltas/1"
+PIECE = 8 * 2**20
+"""Bytes that are compared at a time."""
 _AGAIN = "run the `heal` that made the plan again"
 
 
@@ -60,7 +62,7 @@ def new_tensors(ckpt: Checkpoint, geometry: Geometry, plan: Plan) -> dict[str, T
     if plan.deltas is None:
         return {}
     path = plan.deltas_path
-    if not path.is_file():
+    if not os.path.isfile(path):  # of a name that is too long `Path.is_file` raises
         raise PlanError(f"{path}: no such file; the plan keeps new values of tensors in it", "put it beside the plan")
     try:
         tensors, metadata = read_header(path, str(path))
@@ -110,10 +112,36 @@ def read_new(info: TensorInfo, digest: str) -> npt.NDArray[np.uint8]:
         with open(info.shard, "rb") as file:
             raw = np.fromfile(file, np.uint8, info.nbytes, offset=info.start)
     except OSError as error:
-        raise PlanError(f"{info.shard}: cannot be read: {error.strerror}", _AGAIN) from error
-    if hashlib.sha256(raw.data).hexdigest() != digest:
-        raise PlanError(f"{info.shard}: {info.name} does not have the sha256 that the plan gives", _AGAIN)
+        raise _unreadable(info, error) from error
+    _compare(info, hashlib.sha256(raw.data).hexdigest(), digest)
     return raw
+
+
+def check_new(tensors: Iterable[TensorInfo], digests: Mapping[str, str]) -> None:
+    """Compare new values with the plan's sha256, piece by piece, for those that copy them straight from the file.
+
+    Raises:
+        PlanError: the file cannot be read, or they are others.
+    """
+    for info in tensors:
+        digest = hashlib.sha256()
+        try:
+            with open(info.shard, "rb") as file:
+                file.seek(info.start)
+                for done in range(0, info.nbytes, PIECE):
+                    digest.update(file.read(min(PIECE, info.nbytes - done)))
+        except OSError as error:
+            raise _unreadable(info, error) from error
+        _compare(info, digest.hexdigest(), digests[info.name])
+
+
+def _unreadable(info: TensorInfo, error: OSError) -> PlanError:
+    return PlanError(f"{info.shard}: cannot be read: {error.strerror}", _AGAIN)
+
+
+def _compare(info: TensorInfo, found: str, expected: str) -> None:
+    if found != expected:
+        raise PlanError(f"{info.shard}: {info.name} does not have the sha256 that the plan gives", _AGAIN)
 
 
 class DeltaFile:
@@ -141,7 +169,11 @@ class DeltaFile:
             self._file = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
         except OSError as error:
             raise self._failed(error) from error
-        self._append(header)
+        try:
+            self._append(header)
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
 
     def add(self, name: str, values: npt.NDArray[np.uint8]) -> None:
         """Append a tensor's bytes, (N,) uint8.

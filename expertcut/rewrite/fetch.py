@@ -8,6 +8,7 @@ that is gathered from short runs; beside that a tensor whose values change.
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import numpy as np
 from expertcut.checkpoint.remote import HubFiles, blocks, in_parallel
 from expertcut.errors import CheckpointError, HubError
 from expertcut.model.hashing import remap, table_of_ids
-from expertcut.rewrite.files import write_all
+from expertcut.rewrite.files import Folder, write_all
 from expertcut.rewrite.gain import rescaled
 from expertcut.rewrite.layout import Move, OutShard, OutTensor
 
@@ -165,10 +166,10 @@ def _rescale(files: HubFiles, tensor: OutTensor, file: int, at: int, stop: threa
 def _replace(tensor: OutTensor, file: int, at: int, stop: threading.Event) -> int:
     """Copy new values of a tensor from the file on this machine that holds them."""
     new, done = tensor.source, 0
-    with open(new.shard, "rb") as source:
-        source.seek(new.start)
+    with Folder(Path()) as here:
+        source = here.open(new.shard)
         while done < new.nbytes and not stop.is_set():
-            raw = source.read(min(PIECE, new.nbytes - done))
+            raw = os.pread(source, min(PIECE, new.nbytes - done), new.start + done)
             if not raw:
                 raise CheckpointError(f"{new.shard}: ends in {new.name}; it has changed since it was opened")
             write_all(file, raw, at + done)

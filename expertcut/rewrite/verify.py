@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from expertcut.checkpoint import Checkpoint, load_json, open_checkpoint
+from expertcut.checkpoint import Checkpoint, TensorInfo, load_json, open_checkpoint
 from expertcut.checkpoint.local import INDEX, SINGLE
 from expertcut.choose.plan import Plan, dropped_tensors, group_best, kept_by_block, numbers, reachable, validate
 from expertcut.errors import CheckpointError, PlanError, VerifyError
@@ -108,6 +108,12 @@ def verify_bytes(out: str | Path | Checkpoint, source: Checkpoint) -> list[Check
         _check("tensor bytes", changed_tensors(ckpt, source, expected), equal),
         _check("companions", companions, f"{len(files)} files equal the source's{rewritten}"),
     ]
+
+
+def written_values(ckpt: Checkpoint, source: Checkpoint, geometry: Geometry, plan: Plan) -> dict[str, TensorInfo]:
+    """Return where a written checkpoint has the plan's new values, by the source's names; `shard` is a whole path."""
+    found = ((s.source.name, ckpt.tensors[s.name]) for s in _survivors(source, geometry, plan) if s.digest)
+    return {name: replace(info, name=name, shard=str(ckpt.path / info.shard)) for name, info in found}
 
 
 def _survivors(source: Checkpoint, geometry: Geometry, plan: Plan) -> Iterator[Survivor]:

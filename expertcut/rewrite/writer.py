@@ -23,6 +23,7 @@ from expertcut.errors import DestinationError, UsageError
 from expertcut.model import Geometry, check_fingerprint
 from expertcut.rewrite.config import config_bytes
 from expertcut.rewrite.copy import Advance, Copier, WriteBack, copy_file, write_file, write_new, write_shard
+from expertcut.rewrite.deltas import check_new
 from expertcut.rewrite.destination import (
     allocated,
     check_replaceable,
@@ -85,13 +86,16 @@ def prune(
 
     Raises:
         UsageError: `link`, but the source's shards cannot stay as they are.
-        PlanError: the plan is for another model, or cannot be carried out.
+        PlanError: the plan is for another model, cannot be carried out, or its new values are not those that it names.
         CheckpointError: the source cannot be laid out, or changes while it is read.
         HubError: the source is on the Hub, which does not give it.
         DestinationError: `out` exists, is too small, is being written to, holds an unfinished run of another kind, or
             cannot be linked to.
     """
     job = prepare(ckpt, geometry, plan, out, max_shard_size, link)
+    if plan.deltas:
+        replaced = (t.source for shard in job.layout.shards for t in shard.tensors if t.replaced)
+        check_new(replaced, plan.deltas.tensors)
     identity = {
         "source": _source_identity(ckpt),
         "plan": hashlib.sha256(plan.model_dump_json().encode()).hexdigest(),

@@ -1,4 +1,4 @@
-"""A disk whose files can share blocks: a pytest plugin."""
+"""A disk whose files can share blocks, a small one, and a fast one: a pytest plugin."""
 
 import os
 import shutil
@@ -28,6 +28,28 @@ def sharing_disk(tmp_path: Path) -> Iterator[Path]:
             pytest.skip("may not mount a disk whose files can share blocks")
         yield folder
         subprocess.run(["umount", folder], check=True)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 1 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if os.geteuid() or not shutil.which("mount") or failed("mount", "-t", "tmpfs", "-o", "size=1M", "tmpfs", folder):
+        pytest.skip("may not mount a small disk")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.fixture
+def memory(tmp_path: Path) -> Iterator[Path]:
+    """A folder in memory, where syncs cost nothing, or else on disk."""
+    shared = "/dev/shm"
+    if not os.access(shared, os.W_OK):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir=shared) as folder:
+        yield Path(folder)
 
 
 def failed(*command: str | Path) -> bool:

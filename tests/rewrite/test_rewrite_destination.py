@@ -1,9 +1,6 @@
 """What may be written to and replaced, and what the system says when it cannot be."""
 
-import os
 import shutil
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +12,8 @@ from expertcut.errors import CheckpointError, DestinationError, UsageError
 from expertcut.model import Geometry
 from expertcut.rewrite import destination, prune, require, verify_bytes, verify_structure
 from expertcut.rewrite.writer import prepare
+
+pytest_plugins = ("sharing",)
 
 Job = tuple[Checkpoint, Geometry, Plan]
 
@@ -126,18 +125,6 @@ def test_a_folder_that_cannot_be_written(job: Job, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DestinationError, match="Not a directory|File exists"):
         prune(*job, tmp_path / "file/out")
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 1 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=1M", "tmpfs", str(folder)]
-    if os.geteuid() or not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("may not mount a small disk")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
 
 
 def test_too_small_a_disk_is_refused_before_anything_is_written(disk: Path, tmp_path: Path) -> None:
