@@ -40,9 +40,9 @@ STEP_TOKENS = 2048
 """Tokens of a step."""
 RATE = 0.02
 """Adam's first step size, in root mean squares of a router's matrix; it falls to 0 with the steps."""
-HELD = 8
+HELD = 16
 """Every so manieth sequence is held back."""
-LOOKS = 8
+LOOKS = 4
 """How often the routers are tried on the sequences that are held back."""
 
 
