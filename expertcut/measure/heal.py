@@ -46,6 +46,8 @@ class Healed:
     """What was fitted, layer by layer."""
     kept: int
     """How many of these layers, the first ones, have their new values in the plan."""
+    gained: dict[str, Plan]
+    """The plan with gains instead, by the name in what the pass found."""
     distilled: bool
     """Whether the plan has distilled routers."""
     found: WhatIf
@@ -79,22 +81,31 @@ def heal_plan(
             _shorten(checkpoint, geometry, healed[kept], deltas, path)
         if not kept:
             path.unlink(missing_ok=True)
-        done = Healed(candidates[name], name, layers, kept, False, found)
+        done = Healed(candidates[name], name, layers, kept, gained, False, found)
         if distil:
-            done = _distilled(
-                checkpoint, geometry, done, fit_on, judge_on, path, options, distil, notify=notify, advance=advance
-            )
+            done = distil_healed(
+                checkpoint, geometry, done, fit_on, judge_on, path, options, steps=distil, notify=notify,
+                advance=advance,
+            )  # fmt: skip
     except BaseException:
         path.unlink(missing_ok=True)
         raise
     return done
 
 
-def _distilled(
+def distil_healed(
     checkpoint: Checkpoint, geometry: Geometry, healed: Healed, fit_on: CalibrationSet, judge_on: CalibrationSet,
-    path: Path, options: ProfileOptions, steps: int, *, notify: Notify, advance: Advance,
+    path: Path, options: ProfileOptions, *, steps: int, notify: Notify, advance: Advance,
 ) -> Healed:  # fmt: skip
-    """The same with its plan's routers distilled, if that does significantly better; its name is found beside others."""
+    """Distil the routers of a healed plan, and keep them if that does significantly better; see `heal_plan`.
+
+    `path` is where the new values go then, healed ones included; it may be the healed plan's own file. What is found of
+    the plan with distilled routers stands beside the other candidates in either case.
+
+    Raises:
+        PlanError: see `distil_routers`.
+        DestinationError: the file cannot be written.
+    """
     trial, name = path.with_name(f".{path.name}.routers"), DISTILLED.format(healed.name)
     try:
         deltas = distil_routers(
