@@ -22,6 +22,7 @@ from expertcut.choose import Plan, make_plan
 from expertcut.choose.criteria import CRITERIA
 from expertcut.cli.searching import GENERATIONS
 from expertcut.measure.arithmetic import arithmetic_accuracy, arithmetic_items
+from expertcut.measure.distil import STEPS
 from expertcut.measure.heal import PLAN, Healed, distil_healed, heal_plan
 from expertcut.measure.heal_fit import fit_deltas
 from expertcut.measure.intervals import Estimate
@@ -29,18 +30,11 @@ from expertcut.measure.objective import Objective
 from expertcut.measure.quality import WhatIf
 from expertcut.measure.search import evolve, judge_with, scored
 
-DROPPED = (0.25, 0.5)
+DROPPED, HALF = (0.25, 0.5), 0.5
 BESIDE, AUTO, CLUSTERED = "reap", "auto", "merged as HC-SMoE does"
-PLAIN, GAIN, HEALED, DISTILLED, MERGED = (
-    "",
-    ", gain",
-    ", healed",
-    ", healed, routers distilled",
-    ", merged as REAM does",
-)
+PLAIN, GAIN, HEALED = "", ", gain", ", healed"
+DISTILLED, MERGED = f"{HEALED}, routers distilled", ", merged as REAM does"
 """What is done to a plan, as it stands behind its name."""
-STEPS = 120
-"""Of router distillation."""
 OTHER_SEED = 1000
 """What is added to a seed for the text that is fitted on."""
 
@@ -143,7 +137,7 @@ def report(subject: Subject, share: float, runs: list[Run]) -> None:
     out(f"\n#### {subject.title}, {share:.0%} dropped\n",
         f"Base: {found.mean('nll', 'base'):.3f} nats per token over {found.count():,} tokens in {found.sequences()} "
         f"sequences; {base:.1%} of the arithmetic right.\n")  # fmt: skip
-    rows = []
+    rows: list[list[object]] = []
     for name in found.names[1:]:
         single, right = _changes(runs, name), [run.correct[name] for run in runs]
         kept = "; ".join(dict.fromkeys(run.kept[name] for run in runs if name in run.kept))
@@ -169,12 +163,13 @@ def _ratio(ratios: list[float]) -> str:
 
 
 def _shown(found: Estimate) -> str:
-    return f"{found.value:+.4f} ({found.low:+.4f} to {found.high:+.4f})"
+    between = "" if found.low is None else f" ({found.low:+.4f} to {found.high:+.4f})"
+    return f"{found.value:+.4f}{between}"
 
 
 def left_out(here: Setting) -> None:
     """Print what healing does to a domain whose calibration text it has seen, and has not: half dropped, one seed."""
-    model, share, seed = here.subject, DROPPED[-1], SEEDS[0]
+    model, share, seed = here.subject, HALF, SEEDS[0]
     plan, text = here.plan(BESIDE, share, here.profile(seed)[1], seed), here.fit_on(seed)
     plans = {"plain": plan, "all": _fitted(here, plan, text, "all")}
     for domain in text.domains:
@@ -217,17 +212,18 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=STEPS, help="of router distillation")
     parser.add_argument("--items", type=int, default=2000, help="arithmetic problems")
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="how many of the seeds to run")
+    parser.add_argument("--dropped", nargs="+", type=float, default=DROPPED, help="shares of the experts")
     given = parser.parse_args()
     ratios: dict[str, list[float]] = {f"{AUTO}{HEALED}": [], f"{AUTO}{DISTILLED}": []}
     with tempfile.TemporaryDirectory() as folder:
         for subject in subjects(given, Path(folder)):
             select, held = subject.text(subject.heldout, given.heldout_tokens, 0).parted(2)
             here = Setting(subject, select, held, Path(folder), given)
-            for share in DROPPED:
+            for share in given.dropped:
                 runs = [run(here, seed, share) for seed in SEEDS[: given.seeds]]
                 report(subject, share, runs)
                 for name in ratios:
-                    ratios[name] += _ratios(runs, name) if share == DROPPED[-1] else []
+                    ratios[name] += _ratios(runs, name) if share == HALF else []
             clock = _Clock(subject.folder.name)
             left_out(here)
             clock("domains left out")

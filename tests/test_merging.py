@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import importlib
+from collections import namedtuple
 from itertools import permutations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+
+from expertcut.calibrate.reader import TensorReader
+from expertcut.checkpoint import open_checkpoint
+from expertcut.model import ExpertTensor, read_geometry
 
 
 @pytest.fixture
@@ -31,6 +37,26 @@ def test_a_shuffle_of_many_neurons_is_undone(merging: Any) -> None:
     points, order = random.standard_normal((96, 12)), random.permutation(96)
     cost = np.linalg.norm(points[:, None] - points[order][None], axis=-1)
     assert (order[merging.assign(cost)] == np.arange(96)).all()
+
+
+def test_a_shuffled_twin_merges_into_the_same_expert(merging: Any, demo_model: Path) -> None:
+    """Neurons in another order make no other expert: aligned with the first's, their mean is the first."""
+    checkpoint = open_checkpoint(demo_model)
+    geometry = read_geometry(checkpoint)
+    block, order = geometry.trunk[1], torch.from_numpy(np.random.default_rng(0).permutation(geometry.expert_width))
+    names = {(role.expert, role.part): name for name in block.tensors
+             if isinstance(role := geometry.roles[name], ExpertTensor)}  # fmt: skip
+    reader = TensorReader(checkpoint)
+    reader.changes = {
+        names[1, part]: lambda _, part=part: reader.view(names[0, part]).index_select(part == merging.PARTS[2], order)
+        for part in merging.PARTS
+    }
+    first = torch.randn(geometry.expert_width, 50)
+    neurons = torch.stack((first, first[order]))
+    stream = namedtuple("Stream", "reader geometry")(reader, geometry)
+    merged = merging._average(stream, block, [0, 1], np.array([3.0, 1.0]), neurons)
+    for part, value in merged.items():
+        torch.testing.assert_close(value, reader.view(names[0, part]))
 
 
 def test_the_most_salient_takes_the_nearest_first(merging: Any) -> None:

@@ -1,12 +1,12 @@
 """A plan in; new rows of its routers out, trained so that the plan predicts what the base predicts. With gradients.
 
 Only the routers' matrices are trained, by KL(base‖plan) of the next token's distribution on calibration text; all else
-of the plan stays, correction biases and the new values that it has included. The last of the text's sequences of every
-so many are held back. Invariant: the values written are, rounded as they are in the file, the best on those sequences
-of all that were looked at; the plan's own are among them.
+of the plan stays, correction biases and the new values that it has included. Every so manieth sequence is held back.
+Invariant: of all values that were looked at, rounded as in the file, those written do best on these sequences; the
+plan's own are among them.
 
-Memory: the whole model, and of STEP_TOKENS tokens what every layer keeps for its gradient; it is no streaming. Hidden
-states of all of the text before the first layer and behind the base's last one wait beside it.
+Memory: nothing is streamed. The whole model, what every layer keeps of STEP_TOKENS tokens for its gradient, and the
+hidden states of all of the text, as they enter the first layer and as they leave the base's last one.
 
 Shapes: B sequences, C positions, T predicted tokens, V vocabulary, H hidden, R rows of a router.
 """
@@ -38,6 +38,8 @@ from expertcut.rewrite.gain import ROUNDING
 
 STEP_TOKENS = 2048
 """Tokens of a step."""
+STEPS = 120
+"""Steps that are worth their time."""
 RATE = 0.02
 """Adam's first step size, in root mean squares of a router's matrix; it falls to 0 with the steps."""
 HELD = 16
@@ -185,7 +187,7 @@ class _Run:
         whole, hidden = fetch(self.passage.hidden[0][at], device), self._through(at)
         end, total = hidden.detach().requires_grad_(learn), 0.0
         count = int((batch.domain[:, 1:] >= 0).sum())
-        for where in self.stream.chunks(batch):
+        for where in self.stream.chunks(batch, STEP_TOKENS):
             *_, pick = predicted(batch, where)
             if not bool(pick.any()):
                 continue
@@ -216,11 +218,12 @@ def _router(stream: LayerStream, variant: Variant, block: MoeBlock, layer: nn.Mo
     used, stored, role = getattr(owner, leaf), variant.stored(block.router), stream.geometry.roles[block.router]
     assert isinstance(role, Sliced)
     kept = (*variant.kept[block.layer], *range(stream.geometry.num_experts, stored.shape[role.axis]))
-    values = stored.index_select(role.axis, torch.tensor(kept)).to(used.device, used.dtype)
+    values = stored.index_select(role.axis, torch.tensor(kept)).to(used.device)
     for turned in (False, True):
-        if torch.equal(values.T if turned else values, used):
-            matrix = nn.Parameter(used.detach().float().clone())
-            return _Router(block.router, owner, leaf, matrix, used.dtype, stored.dtype, turned)
+        matrix = values.T if turned else values
+        if torch.equal(matrix.to(used.dtype), used):
+            parameter = nn.Parameter(matrix.float().contiguous())
+            return _Router(block.router, owner, leaf, parameter, used.dtype, stored.dtype, turned)
     raise _unknown(block)
 
 

@@ -1,4 +1,4 @@
-"""Router distillation: what is trained, that it helps on text not trained on, and that the file is what was measured."""
+"""Router distillation: what is trained, that it helps on other text, and that the file is what was measured."""
 
 from __future__ import annotations
 
