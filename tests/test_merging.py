@@ -48,7 +48,9 @@ def test_a_shuffled_twin_merges_into_the_same_expert(merging: Any, demo_model: P
              if isinstance(role := geometry.roles[name], ExpertTensor)}  # fmt: skip
     reader = TensorReader(checkpoint)
     reader.changes = {
-        names[1, part]: lambda _, part=part: reader.view(names[0, part]).index_select(part == merging.PARTS[2], order)
+        names[1, part]: lambda _, part=part: reader.view(names[0, part]).index_select(
+            int(part == merging.PARTS[2]), order
+        )
         for part in merging.PARTS
     }
     first = torch.randn(geometry.expert_width, 50)

@@ -38,7 +38,7 @@ from expertcut.rewrite.gain import ROUNDING
 
 STEP_TOKENS = 2048
 """Tokens of a step."""
-STEPS = 120
+STEPS = 80
 """Steps that are worth their time."""
 RATE = 0.02
 """Adam's first step size, in root mean squares of a router's matrix; it falls to 0 with the steps."""
