@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib
-from collections import namedtuple
+from functools import partial
 from itertools import permutations
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,11 @@ def test_a_shuffle_of_many_neurons_is_undone(merging: Any) -> None:
     assert (order[merging.assign(cost)] == np.arange(96)).all()
 
 
+def turned(reader: TensorReader, name: str, order: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
+    """Another expert's matrix, its neurons in another order."""
+    return reader.view(name).index_select(int("down_proj" in name), order)
+
+
 def test_a_shuffled_twin_merges_into_the_same_expert(merging: Any, demo_model: Path) -> None:
     """Neurons in another order make no other expert: aligned with the first's, their mean is the first."""
     checkpoint = open_checkpoint(demo_model)
@@ -47,15 +53,10 @@ def test_a_shuffled_twin_merges_into_the_same_expert(merging: Any, demo_model: P
     names = {(role.expert, role.part): name for name in block.tensors
              if isinstance(role := geometry.roles[name], ExpertTensor)}  # fmt: skip
     reader = TensorReader(checkpoint)
-    reader.changes = {
-        names[1, part]: lambda _, part=part: reader.view(names[0, part]).index_select(
-            int(part == merging.PARTS[2]), order
-        )
-        for part in merging.PARTS
-    }
+    reader.changes = {names[1, part]: partial(turned, reader, names[0, part], order) for part in merging.PARTS}
     first = torch.randn(geometry.expert_width, 50)
     neurons = torch.stack((first, first[order]))
-    stream = namedtuple("Stream", "reader geometry")(reader, geometry)
+    stream = SimpleNamespace(reader=reader, geometry=geometry)
     merged = merging._average(stream, block, [0, 1], np.array([3.0, 1.0]), neurons)
     for part, value in merged.items():
         torch.testing.assert_close(value, reader.view(names[0, part]))

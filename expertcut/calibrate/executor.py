@@ -202,12 +202,12 @@ class LayerStream:
             last.output = None
         return found
 
-    def chunks(self, batch: Batch, tokens: int = CHUNK_TOKENS) -> Iterator[slice]:
+    def chunks(self, batch: Batch, tokens: int | None = None) -> Iterator[slice]:
         """Yield all positions of a micro-batch in runs whose logits are few enough to be held several times.
 
-        A run has at most so many tokens, or a single position of each sequence.
+        A run has at most so many tokens, `CHUNK_TOKENS` unless given, or a single position of each sequence.
         """
-        tokens = min(tokens, CHUNK_LOGITS // self.config.get_text_config().vocab_size)
+        tokens = min(tokens or CHUNK_TOKENS, CHUNK_LOGITS // self.config.get_text_config().vocab_size)
         size, positions = max(1, tokens // len(batch.rows)), batch.ids.shape[1]
         for start in range(0, positions, size):
             yield slice(start, min(start + size, positions))
