@@ -89,6 +89,8 @@ class LayerStream:
         self.checkpoint, self.geometry, self.device, self.dtype, self.resident = (
             checkpoint, geometry, device, dtype, resident,
         )  # fmt: skip
+        self.gradients = False
+        """Let gradients pass through what is run; to be set before anything is."""
         observer.register()
         self.reader = open_reader(checkpoint, dtype, device)
         self.config = hf.load_config(checkpoint)
@@ -115,7 +117,6 @@ class LayerStream:
         """Return the MoE block of a layer, None if the layer is dense."""
         return next((b for b in self.geometry.trunk if b.layer == index), None)
 
-    @torch.inference_mode()
     def prepare(self, batch: Batch, like: Prepared | None = None) -> Prepared:
         """Embed a micro-batch and record what every layer is called with; arguments equal to `like`'s are shared.
 
@@ -124,7 +125,7 @@ class LayerStream:
         """
         for recorder in self._recorders:
             recorder.call = recorder.entered = recorder.output = None
-        with contextlib.suppress(_Recorded):
+        with self._mode(), contextlib.suppress(_Recorded):
             self._forward(batch, logits_to_keep=1)
         first = self._recorders[0].entered
         if first is None or any(r.call is None or r.entered is not first for r in self._recorders):
@@ -166,7 +167,6 @@ class LayerStream:
         self.reader.close()
         gc.collect()
 
-    @torch.inference_mode()
     def call(
         self, layer: nn.Module, hidden: torch.Tensor, call: Call, carried: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
@@ -178,7 +178,8 @@ class LayerStream:
                 kwargs = kwargs | {name: carried}
             else:
                 args = (*args[:place], carried, *args[place + 1 :])
-        out = layer(hidden, *args, **kwargs)
+        with self._mode():
+            out = layer(hidden, *args, **kwargs)
         result, *more = out if isinstance(out, tuple) else (out,)
         return result, more[0] if self._carried is not None else None
 
@@ -190,23 +191,29 @@ class LayerStream:
             yield index, layer
             self.release(index)
 
-    @torch.inference_mode()
     def logits(self, batch: Batch, hidden: torch.Tensor, where: slice) -> torch.Tensor:
         """Return the logits (B, chunk, V) of these positions, from the last layer's output (B, S, H)."""
         last, keep = self._recorders[-1], torch.arange(where.start, where.stop, device=self.device)
         last.output = hidden
         try:
-            found: torch.Tensor = self._forward(batch, logits_to_keep=keep).logits
+            with self._mode():
+                found: torch.Tensor = self._forward(batch, logits_to_keep=keep).logits
         finally:
             last.output = None
         return found
 
-    def chunks(self, batch: Batch) -> Iterator[slice]:
-        """Yield all positions of a micro-batch in runs whose logits are few enough to be held several times."""
-        tokens = min(CHUNK_TOKENS, CHUNK_LOGITS // self.config.get_text_config().vocab_size)
+    def chunks(self, batch: Batch, tokens: int | None = None) -> Iterator[slice]:
+        """Yield all positions of a micro-batch in runs whose logits are few enough to be held several times.
+
+        A run has at most so many tokens, `CHUNK_TOKENS` unless given, or a single position of each sequence.
+        """
+        tokens = min(tokens or CHUNK_TOKENS, CHUNK_LOGITS // self.config.get_text_config().vocab_size)
         size, positions = max(1, tokens // len(batch.rows)), batch.ids.shape[1]
         for start in range(0, positions, size):
             yield slice(start, min(start + size, positions))
+
+    def _mode(self) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext() if self.gradients else torch.inference_mode()
 
     def _forward(self, batch: Batch, logits_to_keep: int | torch.Tensor) -> Any:
         mask = batch.mask

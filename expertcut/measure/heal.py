@@ -2,13 +2,15 @@
 
 New values are fitted layer by layer (`heal_fit`), so that healing only the first layers is a choice too: several such
 prefixes are compared on text that was not fitted, beside the plan as it came and, where the checkpoint can carry one,
-beside the plan with a gain. Invariant: what is returned is not worse than the plan as it came, as that text tells.
+beside the plan with a gain. The routers of the best may be distilled after that (`distil`). Invariant: what is returned
+is not worse than the plan as it came, as that text tells.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from expertcut.calibrate.data import CalibrationSet
@@ -17,6 +19,7 @@ from expertcut.calibrate.run import ProfileOptions
 from expertcut.checkpoint.types import Checkpoint
 from expertcut.choose.plan import Deltas, Plan, deltas_of
 from expertcut.errors import PlanError
+from expertcut.measure.distil import distil_routers
 from expertcut.measure.gain import fit_gains, gain_kinds
 from expertcut.measure.heal_fit import LayerHealed, fit_deltas
 from expertcut.measure.quality import WhatIf
@@ -27,6 +30,8 @@ from expertcut.rewrite.deltas import copied, new_tensors
 PREFIXES = 4
 """How many numbers of healed layers are tried."""
 PLAN = "the plan"
+DISTILLED = "{}, routers distilled"
+"""What the plan of a name is called with its routers distilled."""
 
 
 @dataclass(frozen=True)
@@ -41,19 +46,25 @@ class Healed:
     """What was fitted, layer by layer."""
     kept: int
     """How many of these layers, the first ones, have their new values in the plan."""
+    gained: dict[str, Plan]
+    """The plan with gains instead, by the name in what the pass found."""
+    distilled: bool
+    """Whether the plan has distilled routers."""
     found: WhatIf
 
 
 def heal_plan(
     checkpoint: Checkpoint, geometry: Geometry, plan: Plan, fit_on: CalibrationSet, judge_on: CalibrationSet,
-    path: Path, options: ProfileOptions, *, notify: Notify, advance: Advance,
+    path: Path, options: ProfileOptions, *, distil: int = 0, notify: Notify, advance: Advance,
 ) -> Healed:  # fmt: skip
     """Fit new values on `fit_on`, and keep those that lower the loss on `judge_on`, in the file `path`.
 
-    Where none help, there is no such file. Passes over the weights: one to fit, one to fit gains, one to judge.
+    Where none help, there is no such file. Passes over the weights: one to fit, one to fit gains, one to judge. With
+    `distil`, the routers of the best plan are then trained for so many steps on `fit_on`, with the whole model in
+    memory, and kept if that lowers the loss on `judge_on` once more.
 
     Raises:
-        PlanError: the plan has new values already, or its format or family cannot be healed.
+        PlanError: the plan has new values already, or its format or family cannot be healed or distilled.
         DestinationError: the file cannot be written.
     """
     if plan.deltas:
@@ -68,12 +79,48 @@ def heal_plan(
         kept = next((n for n in healed if name == _named(n, len(layers))), 0)
         if kept and kept < len(layers):
             _shorten(checkpoint, geometry, healed[kept], deltas, path)
+        if not kept:
+            path.unlink(missing_ok=True)
+        done = Healed(candidates[name], name, layers, kept, gained, False, found)
+        if distil:
+            done = distil_healed(
+                checkpoint, geometry, done, fit_on, judge_on, path, options, steps=distil, notify=notify,
+                advance=advance,
+            )  # fmt: skip
     except BaseException:
         path.unlink(missing_ok=True)
         raise
-    if not kept:
-        path.unlink(missing_ok=True)
-    return Healed(candidates[name], name, layers, kept, found)
+    return done
+
+
+def distil_healed(
+    checkpoint: Checkpoint, geometry: Geometry, healed: Healed, fit_on: CalibrationSet, judge_on: CalibrationSet,
+    path: Path, options: ProfileOptions, *, steps: int, notify: Notify, advance: Advance,
+) -> Healed:  # fmt: skip
+    """Distil the routers of a healed plan, and keep them if that does significantly better; see `heal_plan`.
+
+    `path` is where the new values go then, healed ones included; it may be the healed plan's own file. What is found of
+    the plan with distilled routers stands beside the other candidates in either case.
+
+    Raises:
+        PlanError: see `distil_routers`.
+        DestinationError: the file cannot be written.
+    """
+    trial, name = path.with_name(f".{path.name}.routers"), DISTILLED.format(healed.name)
+    try:
+        deltas = distil_routers(
+            checkpoint, geometry, healed.plan, fit_on, trial, options, steps=steps, notify=notify, advance=advance
+        )
+        plan = healed.plan.beside(trial.absolute().parent, deltas)
+        judged = evaluate(checkpoint, geometry, judge_on, {name: plan}, options, notify=notify, advance=advance)
+        found = WhatIf.joined([healed.found, judged])
+        if found.difference(name, healed.name).sign >= 0:
+            return replace(healed, found=found)
+        os.replace(trial, path)
+    finally:
+        trial.unlink(missing_ok=True)
+    kept = plan.beside(path.absolute().parent, Deltas(file=path.name, tensors=deltas.tensors))
+    return replace(healed, plan=kept, name=name, distilled=True, found=found)
 
 
 def _prefixes(geometry: Geometry, plan: Plan) -> Iterator[tuple[int, Plan]]:

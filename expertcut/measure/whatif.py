@@ -138,8 +138,8 @@ def _compare(passage: Passage, sequences: int) -> np.ndarray:
     for at, prepared in enumerate(passage.prepared):
         batch, hidden = prepared.batch, [fetch(track[at], stream.device) for track in passage.hidden]
         for where in stream.chunks(batch):
-            row, target, pick = _predicted(batch, where)
-            logits = (_only(stream.logits(batch, some, where), pick) for some in hidden)
+            row, target, pick = predicted(batch, where)
+            logits = (picked(stream.logits(batch, some, where), pick) for some in hidden)
             base = _Base(next(logits), target)
             sums[:, 0].index_add_(1, row, base.itself().cpu())
             for track, candidate in enumerate(logits, 1):
@@ -147,7 +147,7 @@ def _compare(passage: Passage, sequences: int) -> np.ndarray:
     return sums.numpy()
 
 
-def _predicted(batch: Batch, where: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def predicted(batch: Batch, where: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Sequence number (T,) and id (T,) of every token that these positions predict, and which they are, (B, C) bool.
 
     Padding predicts nothing and is not predicted.
@@ -160,7 +160,7 @@ def _predicted(batch: Batch, where: slice) -> tuple[torch.Tensor, torch.Tensor, 
     return rows[valid], batch.ids[:, after][valid], pick
 
 
-def _only(logits: torch.Tensor, pick: torch.Tensor) -> torch.Tensor:
+def picked(logits: torch.Tensor, pick: torch.Tensor) -> torch.Tensor:
     """The logits (T, V) of the positions that are picked, without a copy where all are."""
     return logits.flatten(0, 1) if bool(pick.all()) else logits[pick]
 
