@@ -62,8 +62,7 @@ def observed_experts(
         x = hidden_states[at // top_k]
         if scales_input:
             x = x * gate_S1[rows].to(x.dtype)
-        x = _project(experts, "gate_up_proj" if experts.has_gate else "up_proj", x, some, offsets, ids_S[rows])
-        x = experts._apply_gate(x) if experts.has_gate else experts.act_fn(x)
+        x = activations(experts, x, some, offsets, ids_S[rows])
         if given is not None:
             given(some.start, counts_E[some], at // top_k, x if scales_input else x * gate_S1[rows].to(x.dtype))
         if observer is not None:
@@ -85,6 +84,18 @@ def observed_experts(
         turn = observer.residual.turn(hidden_states, sum_TH) if observer.residual else None
         observer.record(top_k_index, top_k_weights, weighted_TKH, act_S.view(tokens, top_k), out, turn)
     return sum_TH
+
+
+def activations(
+    experts: Any, x_SH: torch.Tensor, some: slice, offsets: torch.Tensor, ids_S: torch.Tensor
+) -> torch.Tensor:
+    """Return what the down projections of `some` experts make their output of, (S, I), for inputs in their order.
+
+    `offsets` says where each one's rows end, `ids_S` whose each row is.
+    """
+    x = _project(experts, "gate_up_proj" if experts.has_gate else "up_proj", x_SH, some, offsets, ids_S)
+    found: torch.Tensor = experts._apply_gate(x) if experts.has_gate else experts.act_fn(x)
+    return found
 
 
 @contextmanager

@@ -40,6 +40,13 @@ def heal(
         int | None, typer.Option("--tokens", metavar="N", help="Tokens of each. Default: all there are.")
     ] = None,
     seq_len: SeqLen = None,
+    distil: Annotated[
+        int,
+        typer.Option(
+            "--distil", metavar="STEPS", min=0,
+            help="Then train the routers for so many steps (80 do); the whole model must fit in memory.",
+        ),
+    ] = 0,
     seed: Seed = 0,
     forward: Forward = AS_IT_COMES,
     revision: Revision = None,
@@ -47,7 +54,7 @@ def heal(
 ) -> None:  # fmt: skip
     """Win back what a plan loses: refit the down projections that are left, in closed form, without training.
 
-    Kept only as far as held-out text shows that it helps; see docs/heal.md.
+    Kept only as far as held-out text shows that it helps. Text of every domain that counts must be in it: docs/heal.md.
 
     Example:
       expertcut heal MODEL --plan half.json --calibration general --tokens 131072 -o healed.json
@@ -71,7 +78,7 @@ def heal(
         out, checkpoint, geometry, given, forward, fit=calibration, judge=data, tokens=tokens, seq_len=seq_len,
         seed=seed, what="healing",
     )  # fmt: skip
-    done = heal_with(out, checkpoint, geometry, given, texts, out_file, forward)
+    done = heal_with(out, checkpoint, geometry, given, texts, out_file, forward, distil)
     rows: list[tuple[str, object]] = [("plan", out_file)]
     if done.plan.deltas:
         rows.append(("new values", f"{deltas}, {len(done.plan.deltas.tensors)} tensors, {size(deltas.stat().st_size)}"))

@@ -34,9 +34,10 @@ class Outcome:
 
 
 def heal_with(
-    out: Output, checkpoint: Checkpoint, geometry: Geometry, plan: Plan, texts: Texts, path: Path, forward: Forward
-) -> Outcome:
-    """Heal a plan, and save it as `path`, with the file of new values beside it.
+    out: Output, checkpoint: Checkpoint, geometry: Geometry, plan: Plan, texts: Texts, path: Path, forward: Forward,
+    distil: int = 0,
+) -> Outcome:  # fmt: skip
+    """Heal a plan, distil its routers for so many steps, and save it as `path`; its new values lie in a file beside it.
 
     Raises:
         PlanError: it cannot be healed.
@@ -49,7 +50,7 @@ def heal_with(
     with out.progress("healing", lambda speed: f"{speed:.2f} layers/s") as advance:
         healed = heal_plan(
             checkpoint, geometry, plan, texts.fit_on, texts.judge_on, deltas_file(path),
-            ProfileOptions(**vars(forward)), notify=out.note, advance=advance,
+            ProfileOptions(**vars(forward)), distil=distil, notify=out.note, advance=advance,
         )  # fmt: skip
     record = _record(healed)
     facts = {"healing": {"of": identity(plan, texts), **record}, "healing_text": texts.facts["healing_text"],

@@ -95,20 +95,17 @@ def _factor(gram_II: torch.Tensor, ridge: float) -> tuple[torch.Tensor, float] |
 
 def _gram(given_nI: torch.Tensor) -> torch.Tensor:
     """(I, I) float32: AᵀA."""
-    parts = (some.float() for some in torch.split(given_nI, CHUNK))
-    first = next(parts)
-    gram = first.T @ first
-    for some in parts:
-        gram.addmm_(some.T, some)
+    gram = torch.zeros(given_nI.shape[1], given_nI.shape[1], device=given_nI.device)
+    for some in torch.split(given_nI, CHUNK):
+        wide = some.float()
+        gram.addmm_(wide.T, wide)
     return gram
 
 
 def _cross(linear: Linear, left_TH: torch.Tensor) -> torch.Tensor:
     """(I, H) float32: AᵀR."""
-    parts = _chunks(linear)
-    rows, given = next(parts)
-    cross = given.T @ left_TH[rows]
-    for rows, given in parts:
+    cross = left_TH.new_zeros(linear.given_nI.shape[1], left_TH.shape[1])
+    for rows, given in _chunks(linear):
         cross.addmm_(given.T, left_TH[rows])
     return cross
 

@@ -28,11 +28,16 @@ from expertcut.measure.quality import BASE, WhatIf
 from expertcut.measure.whatif import METRICS, evaluate
 from expertcut.model import Geometry, read_geometry
 from expertcut.rewrite import prune, require, verify_bytes
-from expertcut.rewrite.deltas import new_tensors, read_new
+from expertcut.rewrite.deltas import DeltaFile, new_tensors, read_new
 
 OPTIONS = ProfileOptions(device="cpu", dtype="float32")
 DATA = tokens((40, 40, 25, 40, 33), seed=4)
 FILE = "new.safetensors"
+
+
+def named(count: int, layers: int = 4) -> str:
+    """What a number of healed layers is called."""
+    return "healed" if count == layers else f"healed, the first {count} of {layers} layers"
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,7 @@ def test_half_of_the_experts_healed_do_better_on_unseen_text(texts: Texts, heale
     lost = found.found.mean("nll", PLAN) - found.found.mean("nll", BASE)
     won = found.found.difference(found.name, PLAN)
     assert won.sign < 0 and won.value < -0.4 * lost
-    assert found.kept >= 3 and found.name == f"healed, {found.kept} layers"
+    assert found.kept >= 3 and found.name == named(found.kept)
     assert [layer.layer for layer in found.layers] == [block.layer for block in texts.geometry.trunk]
     assert all(layer.ridge and layer.changed <= layer.maps == 16 and 0 < layer.left < 0.8 for layer in found.layers)
     assert {"one gain", "a gain per layer"} & set(found.found.names)
@@ -148,7 +153,7 @@ def test_prefixes_are_judged_as_if_each_were_alone(texts: Texts, healed: tuple[H
     assert len({tuple(figures(together, name)[0]) for name in together.names}) == len(prefixes) + 2
     for count, plan in prefixes.items():
         assert same(figures(texts.judge({"alone": plan}), "alone"), figures(together, str(count))), count
-        assert same(figures(found.found, f"healed, {count} layers"), figures(together, str(count))), count
+        assert same(figures(found.found, named(count)), figures(together, str(count))), count
 
 
 def test_the_same_values_in_other_places_are_another_plan(texts: Texts, healed: tuple[Healed, Path]) -> None:
@@ -171,7 +176,7 @@ def test_the_same_values_in_other_places_are_another_plan(texts: Texts, healed: 
 
 
 def test_a_shorter_prefix_leaves_a_shorter_file(brief: Texts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heal, "_best", lambda found: "healed, 2 layers")
+    monkeypatch.setattr(heal, "_best", lambda found: named(2))
     found = brief.heal(brief.half, tmp_path / FILE)
     assert (found.kept, len(found.layers)) == (2, 4) and found.plan.deltas is not None
     infos = new_tensors(brief.checkpoint, brief.geometry, found.plan)
@@ -214,7 +219,10 @@ def test_an_error_while_judging_leaves_no_file(brief: Texts, tmp_path: Path, mon
 def test_an_error_while_fitting_leaves_what_was_there(
     brief: Texts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / FILE).write_text("mine")
+    with DeltaFile(tmp_path / FILE, [("a", "U8", (3,))]) as file:
+        file.add("a", np.zeros(3, np.uint8))
+        file.finish()
+    mine = (tmp_path / FILE).read_bytes()
 
     def third(done: int, total: int) -> None:
         if done == 3:
@@ -225,7 +233,7 @@ def test_an_error_while_fitting_leaves_what_was_there(
             brief.checkpoint, brief.geometry, brief.half, brief.fit_on, tmp_path / FILE, OPTIONS, notify=silent,
             advance=third,
         )  # fmt: skip
-    assert [p.name for p in tmp_path.iterdir()] == [FILE] and (tmp_path / FILE).read_text() == "mine"
+    assert [p.name for p in tmp_path.iterdir()] == [FILE] and (tmp_path / FILE).read_bytes() == mine
 
 
 def test_a_healed_plan_is_not_healed_again(texts: Texts, healed: tuple[Healed, Path], tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ def linear(seed: int, tokens: int, width: int = WIDTH, of: int = TOKENS) -> tupl
     random = torch.Generator().manual_seed(seed)
     rows = torch.randperm(of, generator=random)[:tokens].sort().values
     inputs = torch.randn(tokens, width, generator=random)
-    return Linear(rows, inputs.__getitem__), inputs
+    return Linear(rows, inputs), inputs
 
 
 def noise(seed: int = 99, of: int = TOKENS) -> torch.Tensor:
@@ -47,7 +47,7 @@ def test_one_map_is_the_closed_form_and_stays_so(ridge: float) -> None:
     made, target = linear(0, 150), noise()
     (expected,) = solved([made], target, ridge)
     for rounds in (1, 5):
-        it, left = Linear(made[0].rows_n, made[0].inputs), target.clone()
+        it, left = Linear(made[0].rows_n, made[0].given_nI), target.clone()
         refit([it], left, ridge, rounds)
         (found,) = changes([it])
         torch.testing.assert_close(found.double(), expected, atol=1e-6, rtol=1e-5)
@@ -62,7 +62,7 @@ def test_many_rounds_lead_to_what_is_best_for_all_maps_together(ridge: float) ->
     maps, target = [it for it, _ in made], noise()
     refit(maps, target.clone(), ridge, 1)
     after_one = changes(maps)
-    maps, left = [Linear(it.rows_n, it.inputs) for it in maps], target.clone()
+    maps, left = [Linear(it.rows_n, it.given_nI) for it in maps], target.clone()
     refit(maps, left, ridge, 60)
     expected = solved(made, target, ridge)
     for found, wanted in zip(changes(maps), expected, strict=True):
@@ -97,8 +97,8 @@ def test_few_tokens_leave_a_map_alone() -> None:
 
 
 def test_a_map_that_is_given_nothing_adds_nothing() -> None:
-    it, left = Linear(torch.arange(TOKENS), torch.zeros(TOKENS, WIDTH).__getitem__), noise()
-    refit([it, Linear(torch.arange(0), torch.zeros(0, WIDTH).__getitem__)], left, 0.3, 2)
+    it, left = Linear(torch.arange(TOKENS), torch.zeros(TOKENS, WIDTH)), noise()
+    refit([it, Linear(torch.arange(0), torch.zeros(0, WIDTH))], left, 0.3, 2)
     assert torch.equal(changes([it])[0], torch.zeros(HIDDEN, WIDTH)) and torch.equal(left, noise())
     assert best_ridge([it], left, torch.arange(TOKENS) % 4 == 3, RIDGES) == (None, 0.0)
 

@@ -17,7 +17,7 @@ from test_rewrite_crash import killed_at_every_call
 from test_rewrite_hub import NAME, Case, Counting, fused, wide
 from test_rewrite_verify import edit_bytes, failed
 
-from expertcut.checkpoint import Checkpoint, open_checkpoint
+from expertcut.checkpoint import Checkpoint, build_header, open_checkpoint
 from expertcut.checkpoint.header import read_header
 from expertcut.choose import Plan
 from expertcut.cli import run
@@ -29,6 +29,8 @@ from expertcut.rewrite.deltas import DeltaFile, copied, new_shape, new_tensors, 
 pytest_plugins = ("sharing",)
 
 FILE = "new.safetensors"
+DEMO_WEIGHTS = build_header([("a", "U8", (3,), 3)], {"format": "pt"}) + b"abc"
+"""Weights of a model, which are no new values."""
 Values = dict[str, bytes]
 
 
@@ -404,13 +406,24 @@ def test_a_finished_file_is_as_it_was_announced(tmp_path: Path) -> None:
 @pytest.mark.parametrize("before", [False, True])
 def test_an_error_on_the_way_leaves_what_was_there(added: int, before: bool, tmp_path: Path) -> None:
     if before:
-        (tmp_path / FILE).write_text("mine")
+        with DeltaFile(tmp_path / FILE, [("a", "U8", (3,))]) as file:
+            file.add("a", np.zeros(3, np.uint8))
+            file.finish()
+    mine = (tmp_path / FILE).read_bytes() if before else b""
     with pytest.raises(KeyboardInterrupt), DeltaFile(tmp_path / FILE, TWO) as file:
         for name, size in (("a", 24), ("b", 10))[:added]:
             file.add(name, np.zeros(size, np.uint8))
         raise KeyboardInterrupt
     assert listing(tmp_path) == [FILE] * before
-    assert not before or (tmp_path / FILE).read_text() == "mine"
+    assert not before or (tmp_path / FILE).read_bytes() == mine
+
+
+@pytest.mark.parametrize("content", [b"mine", DEMO_WEIGHTS])
+def test_what_is_no_file_of_new_values_is_not_replaced(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / FILE).write_bytes(content)
+    with pytest.raises(DestinationError, match=FILE):
+        DeltaFile(tmp_path / FILE, TWO)
+    assert listing(tmp_path) == [FILE] and (tmp_path / FILE).read_bytes() == content
 
 
 def test_leaving_without_finishing_leaves_no_file(tmp_path: Path) -> None:
@@ -436,6 +449,6 @@ def test_a_folder_that_is_not_there_is_said(tmp_path: Path) -> None:
     with pytest.raises(DestinationError, match=f"none/{FILE}: cannot be written: No such file"):
         DeltaFile(tmp_path / "none" / FILE, TWO)
     (tmp_path / FILE).mkdir()
-    with pytest.raises(DestinationError, match="Is a directory"), DeltaFile(tmp_path / FILE, []) as file:
-        file.finish()
+    with pytest.raises(DestinationError, match="not a regular file"):
+        DeltaFile(tmp_path / FILE, [])
     assert listing(tmp_path) == [FILE]
