@@ -21,7 +21,6 @@ from expertcut.choose.make import Request
 from expertcut.choose.plan import LayerPlan
 from expertcut.cli.searching import GENERATIONS
 from expertcut.measure.arithmetic import arithmetic_accuracy, arithmetic_items
-from expertcut.measure.intervals import Estimate
 from expertcut.measure.objective import Objective
 from expertcut.measure.quality import WhatIf
 from expertcut.measure.search import evolve, judge_with, scored
@@ -103,7 +102,7 @@ def report(subject: Subject, share: float, runs: list[Run]) -> float:
         right = [run.correct[name] for run in runs]
         label = f"**{name}**" if name in (AUTO, SPREAD) else name
         label += f" ({chosen})" * (name in (BEST, SPREAD))
-        rows.append([label, _shown(found.change(name)), f"{min(single):.3f} to {max(single):.3f}",
+        rows.append([label, found.change(name).shown, f"{min(single):.3f} to {max(single):.3f}",
                      f"{found.mean('kl', name):.3f}", f"{sum(right) / len(right):.1%}"])  # fmt: skip
     out(table(["criterion", "change of the loss", "over seeds", "KL", "arithmetic right"], rows))
     ratios = {}
@@ -114,10 +113,6 @@ def report(subject: Subject, share: float, runs: list[Run]) -> float:
     told = ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items()) or "none, some lose nothing"
     out(f"\nLoss beside {BESIDE}'s, geometric mean over seeds: {told}")
     return ratios.get(AUTO, 1.0)
-
-
-def _shown(found: Estimate) -> str:
-    return f"{found.value:+.4f} ({found.low:+.4f} to {found.high:+.4f})"
 
 
 def main() -> None:

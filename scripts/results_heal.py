@@ -25,7 +25,6 @@ from expertcut.measure.arithmetic import arithmetic_accuracy, arithmetic_items
 from expertcut.measure.distil import STEPS
 from expertcut.measure.heal import PLAN, Healed, distil_healed, heal_plan
 from expertcut.measure.heal_fit import fit_deltas
-from expertcut.measure.intervals import Estimate
 from expertcut.measure.objective import Objective
 from expertcut.measure.quality import WhatIf
 from expertcut.measure.search import evolve, judge_with, scored
@@ -141,7 +140,7 @@ def report(subject: Subject, share: float, runs: list[Run]) -> None:
     for name in found.names[1:]:
         single, right = _changes(runs, name), [run.correct[name] for run in runs]
         kept = "; ".join(dict.fromkeys(run.kept[name] for run in runs if name in run.kept))
-        rows.append([name, _shown(found.change(name)), f"{min(single):.3f} to {max(single):.3f}",
+        rows.append([name, found.change(name).shown, f"{min(single):.3f} to {max(single):.3f}",
                      f"{found.mean('kl', name):.3f}", f"{sum(right) / len(right):.1%}",
                      _ratio(_ratios(runs, name)), kept])  # fmt: skip
     columns = ["plan", "change of the loss", "over seeds", "KL", "arithmetic right", f"beside {BESIDE}", "kept"]
@@ -162,11 +161,6 @@ def _ratio(ratios: list[float]) -> str:
     return f"{geometric_mean(ratios):.2f}" if ratios else "–"
 
 
-def _shown(found: Estimate) -> str:
-    between = "" if found.low is None else f" ({found.low:+.4f} to {found.high:+.4f})"
-    return f"{found.value:+.4f}{between}"
-
-
 def left_out(here: Setting) -> None:
     """Print what healing does to a domain whose calibration text it has seen, and has not: half dropped, one seed."""
     model, share, seed = here.subject, HALF, SEEDS[0]
@@ -180,8 +174,8 @@ def left_out(here: Setting) -> None:
     out(f"\n#### {model.title}, {share:.0%} dropped by {BESIDE}: domains left out of the text to heal with\n")
     columns = ["domain", "plain", "healed with it", "healed without it", "without − plain", "without − with"]
     rows: list[list[object]] = [
-        [d, *(_shown(found.change(name, d)) for name in ("plain", "all", d)),
-         *(_shown(found.difference(d, name, d)) for name in ("plain", "all"))]
+        [d, *(found.change(name, d).shown for name in ("plain", "all", d)),
+         *(found.difference(d, name, d).shown for name in ("plain", "all"))]
         for d in text.domains if d in found.domains
     ]  # fmt: skip
     out(table(columns, rows))

@@ -71,12 +71,16 @@ class CalibrationSet:
         return counts
 
     def parted(self, every: int) -> tuple[CalibrationSet, CalibrationSet]:
-        """Return the set without every so manieth sequence of each domain, and those."""
-        place: Counter[str] = Counter()
+        """Return the set without every so manieth sequence of each domain, and those.
+
+        Of a domain with fewer sequences, but more than one, it is the last.
+        """
+        count, place = Counter(sequence.domain for sequence in self.sequences), Counter[str]()
         parts: tuple[list[Sequence], list[Sequence]] = ([], [])
         for sequence in self.sequences:
             place[sequence.domain] += 1
-            parts[place[sequence.domain] % every == 0].append(sequence)
+            step = min(every, max(2, count[sequence.domain]))
+            parts[place[sequence.domain] % step == 0].append(sequence)
         rest, chosen = (replace(self, sequences=tuple(p), fingerprint=_fingerprint(p)) for p in parts)
         return rest, chosen
 

@@ -179,10 +179,9 @@ def _table(
     goal: Goal, reached: Sequence[Reached], found: WhatIf, best: Reached, tried: int
 ) -> list[RenderableType]:  # fmt: skip
     from expertcut.cli.tables import heading, table
-    from expertcut.cli.whatif import between
 
     rows = [
-        (one.candidate.name, f"{one.candidate.ratio - 1:+.1%}", between(found.change(one.candidate.name)),
+        (one.candidate.name, f"{one.candidate.ratio - 1:+.1%}", found.change(one.candidate.name).shown,
          "chosen" if one is best else "holds too, loses more" if one.ok else one.missed)
         for one in reached
     ]  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from expertcut.checkpoint import Checkpoint
     from expertcut.choose.plan import Plan
     from expertcut.measure.heal import Healed
+    from expertcut.measure.heal_record import HealRecord
     from expertcut.model import Geometry
 
 DELTAS = ".deltas.safetensors"
@@ -45,6 +46,7 @@ def heal_with(
     """
     from expertcut.calibrate.run import ProfileOptions
     from expertcut.measure.heal import heal_plan
+    from expertcut.measure.heal_record import KEY
 
     assert texts.fit_on is not None
     with out.progress("healing", lambda speed: f"{speed:.2f} layers/s") as advance:
@@ -52,13 +54,17 @@ def heal_with(
             checkpoint, geometry, plan, texts.fit_on, texts.judge_on, deltas_file(path),
             ProfileOptions(**vars(forward)), distil=distil, notify=out.note, advance=advance,
         )  # fmt: skip
-    record = _record(healed)
-    facts = {"healing": {"of": identity(plan, texts), **record}, "healing_text": texts.facts["healing_text"],
+    record = _record(out, plan, texts, healed)
+    facts = {KEY: record.model_dump(mode="json"), "healing_text": texts.facts["healing_text"],
              "healing_judged_text": texts.facts["judged_text"]}  # fmt: skip
     made = healed.plan.model_copy(update={"provenance": plan.provenance | facts})
     made.save(path)
-    layers = [asdict(layer) for layer in healed.layers]
-    return Outcome(made, {"healing": record, "layers": layers}, _shown(healed, record))
+    for domain in record.harmed:
+        out.warn(
+            f"healed, the plan does worse in {domain} than it did: {record.domains[domain].shown} nats per token; "
+            "more text of that kind in --calibration helps"
+        )
+    return Outcome(made, {KEY: facts[KEY]}, _shown(record))
 
 
 def deltas_file(path: Path) -> Path:
@@ -75,16 +81,17 @@ def healed_for(
     """
     from expertcut.choose.plan import Plan
     from expertcut.errors import ExpertcutError
+    from expertcut.measure.heal_record import KEY, HealRecord
 
     path = _beside(target)
     if path.exists():
         try:
             found = Plan.load(path)
             if found.deltas is None or found.deltas_path.exists():
-                record: Any = found.provenance.get("healing")
-                if isinstance(record, dict) and record.pop("of", None) == identity(plan, texts):
+                record = HealRecord.of_plan(found)
+                if record is not None and record.of == identity(plan, texts):
                     out.note(f"{path}: healed before, by a run that did not end; used again")
-                    return Outcome(found, {"healing": record, "layers": None}, [])
+                    return Outcome(found, {KEY: record.model_dump(mode="json")}, _shown(record))
         except ExpertcutError:
             pass  # a file of something else is replaced like any plan
     return heal_with(out, checkpoint, geometry, plan, texts, path, forward)
@@ -107,33 +114,40 @@ def identity(plan: Plan, texts: Texts) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
-def _record(healed: Healed) -> dict[str, Any]:
+def _record(out: Output, plan: Plan, texts: Texts, healed: Healed) -> HealRecord:
     from expertcut.measure.heal import PLAN
+    from expertcut.measure.heal_record import HealRecord, Tried
 
+    assert texts.fit_on is not None
     found = healed.found
-    change = None if healed.name == PLAN else asdict(found.difference(healed.name, PLAN))
-    return {
-        "kept": healed.name if change else None, "healed_layers": healed.kept, "change": change,
-        "tried": [{"name": name, "change": asdict(found.change(name))} for name in found.names[1:]],
-    }  # fmt: skip
+    domains = found.domains if len(found.domains) > 1 and healed.name != PLAN else ()
+    return HealRecord(
+        of=identity(plan, texts), command=out.command, tokens=texts.fit_on.tokens, judged_tokens=texts.judge_on.tokens,
+        kept=healed.name, domains={domain: found.difference(healed.name, PLAN, domain) for domain in domains},
+        distilled=healed.distilled, layers=healed.layers,
+        tried=[Tried(name, layers, found.change(name), found.difference(name, PLAN))
+               for name, layers in healed.prefixes.items()],
+    )  # fmt: skip
 
 
-def _shown(healed: Healed, record: dict[str, Any]) -> list[RenderableType]:
+def _shown(record: HealRecord) -> list[RenderableType]:
     from expertcut.cli.tables import table
-    from expertcut.cli.whatif import between
-    from expertcut.measure.heal import PLAN
 
-    found, layers = healed.found, []
-    for at, layer in enumerate(healed.layers):
+    layers = []
+    for at, layer in enumerate(record.layers):
         ridge = "none helps" if layer.ridge is None else f"{layer.ridge:g}"
-        kept = "yes" if at < healed.kept and layer.changed else "no"
+        kept = "yes" if at < record.best.layers and layer.changed else "no"
         layers.append((layer.layer, ridge, f"{layer.changed} of {layer.maps}", f"{layer.left:.1%}", kept))
-    tried = []
-    for name in found.names[1:]:
-        beside = "" if name == PLAN else between(found.difference(name, PLAN))
-        tried.append((name, between(found.change(name)), beside, "kept" if name == record["kept"] else ""))
-    none = [] if record["kept"] else ["", "nothing kept: held-out text does not show that it helps"]
+    tried = [
+        (one.name, one.change.shown, "" if one is record.tried[0] else one.beside.shown,
+         "kept" if one.name == record.kept else "")
+        for one in record.tried
+    ]  # fmt: skip
+    domains = [
+        (name, change.shown, "worse" if name in record.harmed else "") for name, change in record.domains.items()
+    ]
+    by_domain: list[RenderableType] = ["", table(("domain", ">beside the plan", ""), domains)] if domains else []
     return [
         "", table((">layer", ">ridge", ">projections refitted", ">residual left", "kept"), layers),
-        "", table(("tried", ">change of the loss", ">beside the plan", ""), tried), *none,
+        "", table(("tried", ">change of the loss", ">beside the plan", ""), tried), *by_domain, "", record.told,
     ]  # fmt: skip

@@ -154,7 +154,6 @@ def _search_top_k(
 
 
 def _refined(plan: Plan, gained: Gained | None, found: WhatIf, facts: dict[str, Any]) -> Refined:
-    from expertcut.cli.whatif import between
 
     parts: list[RenderableType] = []
     members: dict[str, Any] = {}
@@ -166,7 +165,7 @@ def _refined(plan: Plan, gained: Gained | None, found: WhatIf, facts: dict[str, 
             facts.pop("gain_text")
             parts = ["", "gain: none kept, held-out text does not show that one helps"]
         else:
-            parts = ["", f"gain: {gained.kept}, loss {between(change)} nats per token beside the plan without"]
+            parts = ["", f"gain: {gained.kept}, loss {change.shown} nats per token beside the plan without"]
     return Refined(noted(plan, facts), members, parts)
 
 
@@ -177,11 +176,10 @@ def noted(plan: Plan, facts: dict[str, Any]) -> Plan:
 
 def _tried_table(tried: list[Tried], found: WhatIf, best: Tried) -> list[RenderableType]:
     from expertcut.cli.tables import table
-    from expertcut.cli.whatif import between
 
     rows = []
     for one in tried:
         change, missed = found.change(one.shown), next((j for j in one.judgements if not j.ok), None)
         verdict = "chosen" if one is best else str(missed) if missed else "holds too, activates more"
-        rows.append((f"{one.mean:g}", one.shown, between(change), verdict))
+        rows.append((f"{one.mean:g}", one.shown, change.shown, verdict))
     return ["", table((">top-k", "tried", ">change of the loss", "limits"), rows)]

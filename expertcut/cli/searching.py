@@ -201,15 +201,14 @@ def _parts(
     report: WhatIf,
 ) -> list[RenderableType]:  # fmt: skip
     from expertcut.cli.tables import heading, table
-    from expertcut.cli.whatif import between
 
     tried = [(one.name, f"{one.loss:+.4f}") for one in ranked[:SHOWN]]
-    seen = [(name, f"{report.mean('kl', name):.4f}", between(report.change(name))) for name in report.names[1:]]
+    seen = [(name, f"{report.mean('kl', name):.4f}", report.change(name).shown) for name in report.names[1:]]
     sure: list[RenderableType] = []
     if runner_up is not None:
         ahead = report.difference(runner_up.name, best.name)
         verdict = {1: "better", -1: "worse", 0: "neither better nor worse"}[ahead.sign]
-        sure = [f"beside {runner_up.name}, the chosen one is {verdict} on that half: {between(ahead)} nats per token"]
+        sure = [f"beside {runner_up.name}, the chosen one is {verdict} on that half: {ahead.shown} nats per token"]
     return [
         "", heading(f"chosen on the first half of the held-out text, by {objective.by}"),
         table(("candidate", ">loss"), tried),

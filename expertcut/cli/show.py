@@ -113,6 +113,7 @@ def _show_plan(out: Output, path: Path, verbose: bool) -> None:
 
 def _plan_rows(path: Path, plan: Plan) -> list[tuple[str, object]]:
     from expertcut.cli.tables import ranges
+    from expertcut.measure.heal_record import KEY, HealRecord
 
     counts = sorted({len(entry.kept) for entry in plan.layers.values()})
     top_k = sorted({entry.top_k for entry in plan.layers.values() if entry.top_k})
@@ -126,7 +127,13 @@ def _plan_rows(path: Path, plan: Plan) -> list[tuple[str, object]]:
     ]
     if plan.deltas:
         rows.append(("new values", f"{plan.deltas.file}, {len(plan.deltas.tensors):,} tensors"))
-    return rows + [(name, _plain(value)) for name, value in plan.provenance.items() if value not in (None, {}, "")]
+    healing, facts = HealRecord.of_plan(plan), dict(plan.provenance)
+    if healing is not None:
+        facts |= {KEY: healing.told, "healed_by": healing.command}
+    sketches = [name for name in facts if name.endswith("_text")]  # what measurements compare their text with
+    return rows + [
+        (name, _plain(value)) for name, value in facts.items() if value not in (None, {}, "") and name not in sketches
+    ]
 
 
 def _plain(value: Any) -> str:

@@ -181,7 +181,6 @@ def _save(out: Output, out_dir: Path, facts: dict[str, Any], curve: Sequence[Poi
 def _table(curve: Sequence[Point]) -> Table:
     from expertcut.choose import format_size
     from expertcut.cli.tables import table
-    from expertcut.cli.whatif import between
     from expertcut.measure.intervals import Estimate
     from expertcut.measure.pareto import Rated
 
@@ -189,7 +188,7 @@ def _table(curve: Sequence[Point]) -> Table:
     rows = []
     for p in curve:
         cells = [p.strategy, p.experts, f"{p.top_k:g}{' on average' if p.per_layer else ''}", format_size(p.nbytes),
-                 between(Estimate(p.change, p.change_low, p.change_high)), f"{p.kl:.4f}", f"{p.agreement:.1%}",
+                 Estimate(p.change, p.change_low, p.change_high).shown, f"{p.kl:.4f}", f"{p.agreement:.1%}",
                  f"{p.acceptance:.1%}"]  # fmt: skip
         if isinstance(p, Rated):
             cells += ["–", "–"] if p.gain is None else [f"{p.tokens_per_second:,.4g}", f"{p.gain:+.1%}"]

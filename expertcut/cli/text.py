@@ -79,6 +79,7 @@ def read_texts(
 ) -> Texts:  # fmt: skip
     """Read what to fit `what` on and what to judge on, at least one of them; refuses text that a plan has seen."""
     from expertcut.calibrate.overlap import check_overlap
+    from expertcut.errors import DataError
     from expertcut.measure.gate import check_limits
     from expertcut.measure.heldout import sequences, sketch_of
 
@@ -98,6 +99,15 @@ def read_texts(
         assert fit_on is not None
         out.note(f"no --data: every {HELD_BACK}th sequence of the calibration text is held back to judge the {what} on")
         fit_on, judge_on = fit_on.parted(HELD_BACK)
+        if unjudged := sorted({s.domain for s in fit_on.sequences} - {s.domain for s in judge_on.sequences}):
+            few = (
+                f"only one sequence of {', '.join(unjudged)}: none is held back, and nothing tells how the {what} does"
+            )
+            out.warn(f"{few} there; a shorter --seq-len or more text helps")
+        if not judge_on.sequences:
+            raise DataError(
+                f"too little text: nothing is left to judge the {what} on", "more text, a shorter --seq-len, or --data"
+            )
     check_limits(limits, sequences(judge_on))
     facts["judged_text"] = str(sketch_of(judge_on, tokenizer.fingerprint).thinned())
     if fit_on is not None:

@@ -65,12 +65,7 @@ def _beside_base(found: WhatIf, name: str, domain: str | None) -> tuple[str, ...
         return ("",) * 4
     change = found.change(name, domain)
     kl, agreement, acceptance = (found.mean(m, name, domain) for m in ("kl", "agreement", "acceptance"))
-    return (between(change), f"{kl:.4f}", f"{agreement:.1%}", f"{acceptance:.1%}")
-
-
-def between(change: Estimate) -> str:
-    """A value and its interval, which there may be none of."""
-    return f"{change.value:+.4f}" + ("" if change.low is None else f" ({change.low:+.4f} to {change.high:+.4f})")
+    return (change.shown, f"{kl:.4f}", f"{agreement:.1%}", f"{acceptance:.1%}")
 
 
 def verdicts(found: WhatIf) -> list[str]:

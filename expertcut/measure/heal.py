@@ -21,7 +21,8 @@ from expertcut.choose.plan import Deltas, Plan, deltas_of
 from expertcut.errors import PlanError
 from expertcut.measure.distil import distil_routers
 from expertcut.measure.gain import fit_gains, gain_kinds
-from expertcut.measure.heal_fit import LayerHealed, fit_deltas
+from expertcut.measure.heal_fit import fit_deltas
+from expertcut.measure.heal_record import LayerHealed
 from expertcut.measure.quality import WhatIf
 from expertcut.measure.whatif import evaluate
 from expertcut.model import Geometry
@@ -44,13 +45,18 @@ class Healed:
     """Its name in what the pass found; `PLAN` if nothing helps."""
     layers: list[LayerHealed]
     """What was fitted, layer by layer."""
-    kept: int
-    """How many of these layers, the first ones, have their new values in the plan."""
+    prefixes: dict[str, int]
+    """Of what was tried, by its name in `found`, the plan as it came first: how many layers have their new values."""
     gained: dict[str, Plan]
     """The plan with gains instead, by the name in what the pass found."""
     distilled: bool
     """Whether the plan has distilled routers."""
     found: WhatIf
+
+    @property
+    def kept(self) -> int:
+        """How many layers, the first ones, have their new values in the plan."""
+        return self.prefixes[self.name]
 
 
 def heal_plan(
@@ -74,14 +80,15 @@ def heal_plan(
         healed = dict(_prefixes(geometry, plan.beside(path.absolute().parent, deltas)))
         gained = dict(_gained(checkpoint, geometry, plan, fit_on, options, notify, advance))
         candidates = {PLAN: plan} | {_named(n, len(layers)): made for n, made in healed.items()} | gained
+        prefixes = dict.fromkeys(candidates, 0) | {_named(n, len(layers)): n for n in healed}
         found = evaluate(checkpoint, geometry, judge_on, candidates, options, notify=notify, advance=advance)
         name = _best(found)
-        kept = next((n for n in healed if name == _named(n, len(layers))), 0)
+        kept = prefixes[name]
         if kept and kept < len(layers):
             _shorten(checkpoint, geometry, healed[kept], deltas, path)
         if not kept:
             path.unlink(missing_ok=True)
-        done = Healed(candidates[name], name, layers, kept, gained, False, found)
+        done = Healed(candidates[name], name, layers, prefixes, gained, False, found)
         if distil:
             done = distil_healed(
                 checkpoint, geometry, done, fit_on, judge_on, path, options, steps=distil, notify=notify,
@@ -114,13 +121,14 @@ def distil_healed(
         plan = healed.plan.beside(trial.absolute().parent, deltas)
         judged = evaluate(checkpoint, geometry, judge_on, {name: plan}, options, notify=notify, advance=advance)
         found = WhatIf.joined([healed.found, judged])
+        tried = replace(healed, prefixes=healed.prefixes | {name: healed.kept}, found=found)
         if found.difference(name, healed.name).sign >= 0:
-            return replace(healed, found=found)
+            return tried
         os.replace(trial, path)
     finally:
         trial.unlink(missing_ok=True)
     kept = plan.beside(path.absolute().parent, Deltas(file=path.name, tensors=deltas.tensors))
-    return replace(healed, plan=kept, name=name, distilled=True, found=found)
+    return replace(tried, plan=kept, name=name, distilled=True)
 
 
 def _prefixes(geometry: Geometry, plan: Plan) -> Iterator[tuple[int, Plan]]:

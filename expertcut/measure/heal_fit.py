@@ -16,7 +16,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,7 @@ from expertcut.checkpoint.types import Checkpoint
 from expertcut.choose.plan import Deltas, Plan, kept_by_block, validate
 from expertcut.errors import PlanError
 from expertcut.measure.heal_inputs import Seen
+from expertcut.measure.heal_record import LayerHealed
 from expertcut.measure.refit import Linear, best_ridge, refit
 from expertcut.measure.variants import Variant
 from expertcut.model import ExpertTensor, Geometry, MoeBlock, Sliced
@@ -49,21 +49,6 @@ SHARED = re.compile(r"shared_(?:experts?|mlp)\.")
 """Shared experts, in the name of a tensor below its block."""
 HELD = 4
 """Every so manieth sequence is held back while a layer's ridge is chosen."""
-
-
-@dataclass(frozen=True)
-class LayerHealed:
-    """What was done to one MoE layer."""
-
-    layer: int
-    ridge: float | None
-    """None: no ridge helped on held-back text, so that nothing changed."""
-    changed: int
-    """Down projections with new values."""
-    maps: int
-    """Down projections in all, shared experts' included."""
-    left: float
-    """Share of the squared residual that is left, on the text that was fitted."""
 
 
 def fit_deltas(

@@ -45,6 +45,11 @@ class Estimate:
             return 0
         return (self.low > 0) - (self.high < 0)
 
+    @property
+    def shown(self) -> str:
+        """A change in words: with its sign, and the interval if there is one."""
+        return f"{self.value:+.4f}" + ("" if self.low is None else f" ({self.low:+.4f} to {self.high:+.4f})")
+
     def map(self, rising: Callable[[float], float]) -> Estimate:
         """Return the estimate of a rising function of the quantity."""
         low, high = (None if end is None else rising(end) for end in (self.low, self.high))

@@ -15,6 +15,7 @@ from expertcut.choose.budget import format_size
 from expertcut.choose.criteria import get_criterion
 from expertcut.choose.plan import LayerPlan, Plan
 from expertcut.errors import ProfileError, UsageError
+from expertcut.measure.heal_record import HealRecord
 from expertcut.model import Geometry
 from expertcut.model.summary import by_layer, summarise
 from expertcut.rewrite.record import Record
@@ -57,6 +58,7 @@ class Card:
             loader=jinja2.PackageLoader("expertcut.share", "."), undefined=jinja2.StrictUndefined, trim_blocks=True,
             lstrip_blocks=True, keep_trailing_newline=True, autoescape=False,
         )  # fmt: skip
+        healing = HealRecord.of_plan(record.plan) if record.plan.deltas else None
         findings = lint(lint_subject(geometry, checkpoint.config))
         fields = self._fields(checkpoint, record)
         return environment.get_template(TEMPLATE).render(
@@ -66,8 +68,10 @@ class Card:
             layers=_layers(record, geometry), chosen=_chosen(record.plan), uneven=geometry.uneven, findings=findings,
             profile=_profile(self.profile) if self.profile else None, results=self.results,
             fits={f.runtime for f in findings} - {f.runtime for f in findings if f.status in ("wrong", "refuses")},
-            notes=_notes(findings), command=record.plan.provenance.get("command"),
+            notes=_notes(findings), commands=_commands(record.plan),
             gained=any(entry.gain is not None for entry in record.plan.layers.values()), cut=_cuts(record),
+            changed=len(record.plan.deltas.tensors) if record.plan.deltas else 0, healing=healing,
+            healed=_healed(healing) if healing else "",
             remote=" --trust-remote-code" if checkpoint.config.get("auto_map") else "",
         )  # fmt: skip
 
@@ -167,6 +171,22 @@ def _criterion(name: Any, paper: Any) -> str:
     number = str(paper).removeprefix("arXiv:") if paper else ""
     link = f" ([{paper}](https://arxiv.org/abs/{number}))" if str(paper).startswith("arXiv:") else ""
     return f"`{name}`{link}" + (f": {what}" if what else "")
+
+
+def _healed(healing: HealRecord) -> str:
+    layers, whole = healing.best.layers, len(healing.layers)
+    part = f"all {whole} MoE layers" if layers == whole else f"the first {layers} of {whole} MoE layers"
+    steps = [f"down projections in {part} were refitted in closed form, so that each layer's output meets the base "
+             "model's"] if layers else []  # fmt: skip
+    steps += ["routers were trained towards the base model's predictions"] * healing.distilled
+    return f"After that, {', and '.join(steps)}."
+
+
+def _commands(plan: Plan) -> list[str]:
+    """What made the plan, and healed it."""
+    healing = HealRecord.of_plan(plan)
+    told = [plan.provenance.get("command"), *([healing.command] if healing and plan.deltas else [])]
+    return list(dict.fromkeys(command for command in told if isinstance(command, str)))
 
 
 def _members(value: Mapping[str, Any]) -> str:

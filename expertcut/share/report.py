@@ -20,12 +20,15 @@ from expertcut.choose.criteria import Criterion, get_criterion
 from expertcut.choose.plan import Plan
 from expertcut.errors import DataError, ProfileError, UsageError
 from expertcut.measure.bench import Bench
+from expertcut.measure.heal_record import KEY as HEALING
+from expertcut.measure.heal_record import HealRecord
 from expertcut.model import Geometry, read_geometry
 from expertcut.model.summary import by_layer, summarise
 from expertcut.rewrite.record import Record
 from expertcut.runtimes.lint import LintFinding, lint, lint_subject
 from expertcut.share.curves import bench_figures, sweep_figures
 from expertcut.share.figures import Figure
+from expertcut.share.healing import healing_facts, healing_figures
 from expertcut.share.inputs import SWEEP, Inputs, last_part
 from expertcut.share.routing import kept_figure, profile_figures
 
@@ -68,6 +71,10 @@ def build(inputs: Inputs, by: str | None) -> Page:
         sections.append(_checkpoint(inputs.checkpoint, inputs.record))
     if inputs.plan is not None:
         sections.append(_plan(inputs.plan, inputs.profile))
+        healing = HealRecord.of_plan(inputs.plan)
+        if healing is not None:
+            sections.append(Section("healing", "Healing", healing_facts(healing), healing_figures(healing),
+                                    commands=[healing.command]))  # fmt: skip
     if inputs.profile is not None:
         sections.append(_profile(inputs.profile, inputs.plan, by))
     elif by is not None:
@@ -182,8 +189,9 @@ def _plan(plan: Plan, profile: Profile | None) -> Section:
     facts = [("model", plan.source.name), ("MoE layers", str(len(kept))), ("experts kept per layer", by_layer(kept)),
              ("top-k", by_layer(top_k) if top_k else "unchanged")]  # fmt: skip
     command = plan.provenance.get("command")
+    elsewhere = {"command", *([HEALING] if HealRecord.of_plan(plan) else [])}
     facts += [(name.replace("_", " "), _plain(value)) for name, value in plan.provenance.items()
-              if value not in (None, {}, "", []) and name != "command" and not name.endswith("_text")]  # fmt: skip
+              if value not in (None, {}, "", []) and name not in elsewhere and not name.endswith("_text")]  # fmt: skip
     most = max(max(entry.kept) for entry in plan.layers.values()) + 1
     figures = [] if profile else [kept_figure(plan, most, {})]
     return Section("plan", "Plan", facts, figures, commands=[command] if isinstance(command, str) else [])

@@ -31,7 +31,8 @@ from expertcut.choose import Plan
 from expertcut.errors import CheckpointError, PlanError
 from expertcut.measure import heal_fit
 from expertcut.measure.heal import _prefixes
-from expertcut.measure.heal_fit import LayerHealed, fit_deltas
+from expertcut.measure.heal_fit import fit_deltas
+from expertcut.measure.heal_record import LayerHealed
 from expertcut.measure.numeric import verify_numeric
 from expertcut.measure.variants import Variant
 from expertcut.model import read_geometry

@@ -159,7 +159,9 @@ def test_distilled_routers_that_do_not_help_are_not_kept(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     path = tmp_path / "new.safetensors"
-    before = Healed(healed, "healed", [], 4, {}, False, demo.whatif(texts[1], plain=demo.plan, healed=healed))
+    before = Healed(
+        healed, "healed", [], {"healed": 4}, {}, False, demo.whatif(texts[1], plain=demo.plan, healed=healed)
+    )
 
     def finish(steps: int) -> Healed:
         return distil_healed(

@@ -23,7 +23,8 @@ from expertcut.errors import DestinationError, PlanError
 from expertcut.measure import heal, heal_fit
 from expertcut.measure.gain import with_gains
 from expertcut.measure.heal import PLAN, Healed, heal_plan
-from expertcut.measure.heal_fit import LayerHealed, fit_deltas
+from expertcut.measure.heal_fit import fit_deltas
+from expertcut.measure.heal_record import LayerHealed
 from expertcut.measure.quality import BASE, WhatIf
 from expertcut.measure.whatif import METRICS, evaluate
 from expertcut.model import Geometry, read_geometry

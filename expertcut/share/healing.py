@@ -1,0 +1,69 @@
+"""What a healed plan says of its healing in, the figures of a report out: what was tried, and what each layer lacks."""
+
+from __future__ import annotations
+
+from expertcut.measure.heal_record import HealRecord
+from expertcut.share.curves import LOSS
+from expertcut.share.figures import Figure, line_figure
+from expertcut.share.svg import Axis, Mark, Series
+
+APART = 7
+"""Pixels between the whiskers of two plans with as many healed layers."""
+
+
+def healing_facts(record: HealRecord) -> list[tuple[str, str]]:
+    """Return what came of healing, in words."""
+    best = record.best
+    layers = f"the first {best.layers} of {len(record.layers)} MoE layers"
+    return [
+        ("came of it", record.told),
+        ("refitted", "nothing" if not best.layers else
+         f"down projections in {layers if best.layers < len(record.layers) else f'all {best.layers} MoE layers'}"),
+        ("routers", "distilled" if record.distilled else "the source's"),
+        ("fitted on", f"{record.tokens:,} tokens"),
+        *((f"beside the plan as it came, {name}", f"{change.shown} nats per token")
+          for name, change in record.domains.items()),
+    ]  # fmt: skip
+
+
+def healing_figures(record: HealRecord) -> list[Figure]:
+    """Return the loss of what was tried, and what is left of every layer's residual."""
+    series = [
+        Series(one.name, [Mark(one.layers, one.change.value, one.change.low, one.change.high,
+                               "kept" if one.name == record.kept else "")], line=False)
+        for one in record.tried
+    ]  # fmt: skip
+    columns = ("tried", "layers with new values", LOSS.label, "beside the plan as it came", "")
+    rows = [
+        (one.name, str(one.layers), one.change.shown, "" if one is record.tried[0] else one.beside.shown,
+         "kept" if one.name == record.kept else "")
+        for one in record.tried
+    ]  # fmt: skip
+    whiskers = "; whiskers are 95 % intervals over sequences" if record.best.change.low is not None else ""
+    caption = (
+        f"Change of the loss on {record.judged_tokens:,} tokens that were not fitted{whiskers}: lower is better, 0 is "
+        f"the unchanged model. Kept: {record.kept}."
+    )
+    tried = line_figure("healing", "What healing wins back", caption, Axis("layers with new values", whole=True), LOSS,
+                        series, table=(columns, rows), apart=APART)  # fmt: skip
+    return [tried, _residual(record)]
+
+
+def _residual(record: HealRecord) -> Figure:
+    left = Axis("residual left", ".1%", zero=True)
+    marks = [
+        Mark(layer.layer, layer.left, note="unchanged" if layer.ridge is None else f"ridge {layer.ridge:g}")
+        for layer in record.layers
+    ]
+    rows = [
+        (str(layer.layer), "none helps" if layer.ridge is None else f"{layer.ridge:g}",
+         f"{layer.changed} of {layer.maps}", format(layer.left, left.form))
+        for layer in record.layers
+    ]  # fmt: skip
+    caption = (
+        "Of the squared difference between the unchanged model's output of a layer and the plan's, the share that is "
+        "left with new values there, on the text that was fitted."
+    )
+    return line_figure("residual", "What is left of every layer's residual", caption, Axis("layer", whole=True), left,
+                       [Series("residual left", marks)],
+                       table=(("layer", "ridge", "projections refitted", left.label), rows))  # fmt: skip
