@@ -61,19 +61,20 @@ def heal(
     """
     from expertcut.checkpoint import open_checkpoint
     from expertcut.choose.plan import Plan
-    from expertcut.cli.healing import DELTAS, heal_with
+    from expertcut.cli.healing import deltas_file, heal_with
     from expertcut.cli.tables import facts, size
     from expertcut.cli.text import read_texts
     from expertcut.errors import UsageError
-    from expertcut.model import read_geometry
+    from expertcut.model import check_fingerprint, read_geometry
 
     out = output(ctx, as_json)
-    deltas = out_file.with_suffix(DELTAS)
-    if out_file.suffix == DELTAS:
-        raise UsageError(f"--out {out_file}: is where the new values go", "name a .json file for the plan")
+    deltas = deltas_file(out_file)
+    if out_file.suffix == deltas.suffix:
+        raise UsageError(f"--out {out_file}: is named like a file of tensors", "name a .json file for the plan")
     given = Plan.load(plan)
     checkpoint = open_checkpoint(model, revision, download=True)
     geometry = read_geometry(checkpoint)
+    check_fingerprint(given.source.fingerprint, checkpoint, geometry)
     texts = read_texts(
         out, checkpoint, geometry, given, forward, fit=calibration, judge=data, tokens=tokens, seq_len=seq_len,
         seed=seed, what="healing",

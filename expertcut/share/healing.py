@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from expertcut.measure.heal_record import HealRecord
+from expertcut.measure.heal_record import HealRecord, Tried
 from expertcut.share.curves import LOSS
 from expertcut.share.figures import Figure, line_figure
 from expertcut.share.svg import Axis, Mark, Series
@@ -28,11 +28,10 @@ def healing_facts(record: HealRecord) -> list[tuple[str, str]]:
 
 def healing_figures(record: HealRecord) -> list[Figure]:
     """Return the loss of what was tried, and what is left of every layer's residual."""
-    series = [
-        Series(one.name, [Mark(one.layers, one.change.value, one.change.low, one.change.high,
-                               "kept" if one.name == record.kept else "")], line=False)
-        for one in record.tried
-    ]  # fmt: skip
+    refitted = {one.layers: one for one in reversed(record.tried)}  # the first of so many layers has nothing else
+    line = Series("new values", [_mark(record, refitted[layers]) for layers in sorted(refitted)])
+    others = [one for one in record.tried if one not in refitted.values()]
+    series = [line, *(Series(one.name, [_mark(record, one)], line=False) for one in others)]
     columns = ("tried", "layers with new values", LOSS.label, "beside the plan as it came", "")
     rows = [
         (one.name, str(one.layers), one.change.shown, "" if one is record.tried[0] else one.beside.shown,
@@ -41,12 +40,17 @@ def healing_figures(record: HealRecord) -> list[Figure]:
     ]  # fmt: skip
     whiskers = "; whiskers are 95 % intervals over sequences" if record.best.change.low is not None else ""
     caption = (
-        f"Change of the loss on {record.judged_tokens:,} tokens that were not fitted{whiskers}: lower is better, 0 is "
-        f"the unchanged model. Kept: {record.kept}."
+        f"Change of the loss, by how many of the first layers have new values, on {record.judged_tokens:,} tokens that "
+        f"were not fitted{whiskers}: lower is better, 0 is the unchanged model. Kept: {record.kept}."
     )
-    tried = line_figure("healing", "What healing wins back", caption, Axis("layers with new values", whole=True), LOSS,
+    tried = line_figure("healed", "What healing wins back", caption, Axis("layers with new values", whole=True), LOSS,
                         series, table=(columns, rows), apart=APART)  # fmt: skip
     return [tried, _residual(record)]
+
+
+def _mark(record: HealRecord, one: Tried) -> Mark:
+    note = f"{one.name}, kept" if one.name == record.kept else one.name
+    return Mark(one.layers, one.change.value, one.change.low, one.change.high, note)
 
 
 def _residual(record: HealRecord) -> Figure:

@@ -174,9 +174,10 @@ def _checkpoint(checkpoint: Checkpoint, record: Record) -> Section:
 
 def _again(record: Record, name: str) -> list[str]:
     """The commands that make and check a checkpoint again, where its plan was a file."""
-    command = record.plan.provenance.get("command")
+    healing = HealRecord.of_plan(record.plan) if record.plan.deltas else None
+    command = healing.command if healing else record.plan.provenance.get("command")
     words = shlex.split(command) if isinstance(command, str) else []
-    if words[:2] != ["expertcut", "plan"]:
+    if words[:2] not in (["expertcut", "plan"], ["expertcut", "heal"]):
         return []
     file = next((after for word, after in pairwise(words) if word in ("-o", "--out")), "plan.json")
     return [shlex.join(("expertcut", "prune", record.source, name, "--plan", file)),

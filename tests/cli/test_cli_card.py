@@ -14,6 +14,7 @@ from tiny_models import TINY, tiny_model
 from tiny_types import tiny_type
 
 from expertcut.checkpoint import open_checkpoint
+from expertcut.measure.bench import load_bench
 from expertcut.model import read_geometry
 from expertcut.model.summary import summarise
 from expertcut.rewrite.record import Record
@@ -109,6 +110,30 @@ def test_results_keep_their_intervals(cli: Cli, pruned: Path, planned: Path, dem
         (tmp_path / name).write_text(json.dumps(content))
         ran = cli("push", pruned, "org/half", "--dry-run", "--results", tmp_path / name)
         assert ran.code == 4 and name in ran.err and "bench.json" in ran.err
+
+
+def test_tasks_and_speed_stand_beside_the_text(
+    cli: Cli, pruned: Path, planned: Path, demo_model: Path, tmp_path: Path
+) -> None:
+    tasks, load = tmp_path / "tasks.json", tmp_path / "load"
+    tasks.write_text(cli("eval", pruned, "--source", demo_model, "--tasks", "expertcut_arithmetic", "--limit", 20,
+                         "--json").out)  # fmt: skip
+    sizes = ("--concurrency", "1", "--input-len", 4, "--output-len", 3, "--rounds", 2)
+    assert cli("bench", demo_model, pruned, "--engine", "transformers", *sizes, "-o", load).code == 0
+    _, text = carded(cli, pruned, "--results", tasks, "--results", load / "bench.json")
+
+    base, half = json.loads(tasks.read_text())["tasks"]["runs"]
+    (gap,) = json.loads(tasks.read_text())["tasks"]["comparisons"]
+    change = gap["change"]
+    between = f"{change['value']:+.4f} [{change['low']:+.4f}, {change['high']:+.4f}]"
+    for name, run, beside in (("_demo_model", base, ""), ("pruned", half, between)):
+        assert f"| {name} | expertcut_arithmetic | acc | 20 | {run['metrics'][0]['value']:.4f} | {beside} |" in text
+    assert "### Tasks" in text and "the first 20 documents of each" in text and str(tmp_path) not in text
+
+    whole, cut = load_bench(load).rows
+    assert f"| _demo_model | 1 | 4 | 3 | {whole.tokens_per_s:.1f} |  |" in text and cut.ratio is not None
+    assert f"| pruned | 1 | 4 | 3 | {cut.tokens_per_s:.1f} | {cut.ratio:.3f}" in text
+    assert "### Speed under load" in text and "Nothing was measured" not in text
 
 
 def test_another_profile_is_refused(cli: Cli, demo_model: Path, pruned: Path, tmp_path: Path) -> None:
