@@ -248,6 +248,8 @@ FORMATS: dict[str, Format] = {
     "GPTQ, 8 bits": Format(gptq(act_order=False, bits=8), _GPTQ | {"bits": 8}),
     "AWQ": Format(awq, {"quant_method": "awq", "bits": 4, "group_size": BLOCK, "version": "gemm"}),
 }  # fmt: skip
+EIGHT_BITS = tuple(name for name in FORMATS if "FP8" in name or name == "INT8")
+"""Those whose codes have room for other values."""
 every_format = pytest.mark.parametrize("name", FORMATS)
 
 

@@ -28,6 +28,8 @@ VERSIONS = (None, "gemm", "GEMM", "gptq", "gptq_v2")
 """Values of GPTQ's `checkpoint_format` and AWQ's `version` whose packing is understood."""
 CHUNK = 256 * 2**20
 """Bytes of float32 values, beside the result, while stacked experts are dequantised; at least one expert."""
+RECODED = ("F8_E4M3", "F8_E5M2", "I8")
+"""Dtypes of weights that, with scales alone, can be given other values: 4 bits are too coarse for it."""
 _FLOATS = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F4")
 _CODES = (*_FLOATS, "U8", "I8")
 
@@ -159,6 +161,32 @@ class DequantisingReader(TensorReader):
             some = {part: t[rows] if t.dim() and len(t) == shape[0] else t for part, t in stored.items()}
             out[rows].copy_(self._values(name, {part: t.to(self._device) for part, t in some.items()}))
 
+    def recoded(
+        self, name: str, change: torch.Tensor | None, at: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        """Return what is stored of a plain tensor after a change of its values, and the values that it stands for then.
+
+        Codes are rounded to nearest by the scales as they are; out of range they become the outermost. Of a stack, `at`
+        takes one matrix, with the axis of the stack. Values are float32; all is on the device. Of `recodable` names.
+        """
+        stored = {part: super(DequantisingReader, self).view(n) for part, n in self._groups[name].parts.items()}
+        count = len(stored["weight"])
+        parts = {
+            part: (t if at is None or not t.dim() or len(t) != count else t[at : at + 1]).to(self._device)
+            for part, t in stored.items()
+        }
+        codes, values = parts["weight"], self._values(name, parts)
+        if change is None:
+            return codes, values
+        steps = self._values(name, parts | {"weight": torch.ones_like(codes, dtype=torch.float32).to(codes.dtype)})
+        whole = torch.where(steps == 0, 0.0, (values + change) / steps)
+        if codes.dtype == torch.int8:
+            codes = whole.round().clamp(-128, 127).to(codes.dtype)
+        else:
+            most = torch.finfo(codes.dtype).max
+            codes = whole.clamp(-most, most).to(codes.dtype)
+        return codes, self._values(name, parts | {"weight": codes})
+
     def _parts(self, name: str) -> dict[str, torch.Tensor]:
         parts = self._groups[name].parts
         stored = {part: super(DequantisingReader, self).view(n) for part, n in parts.items()}
@@ -173,6 +201,16 @@ class DequantisingReader(TensorReader):
                 f"{self.checkpoint.name}: {name}, quantised by {method}: {error.message}",
                 "profile the unquantised sibling; its plan applies to this checkpoint too",
             ) from None
+
+
+def recodable(checkpoint: Checkpoint) -> set[str]:
+    """Return the names of tensors in 8 bits that have scales and nothing else, so that values round to their codes."""
+    groups, tensors = dict(find_quantised(checkpoint)), checkpoint.tensors
+    return {
+        name for name, group in groups.items()
+        if name == (weight := group.parts["weight"]) and group.values is dq.scaled and "zero" not in group.parts
+        and tensors[weight].dtype in RECODED and group.shape == tensors[weight].shape
+    }  # fmt: skip
 
 
 def find_quantised(checkpoint: Checkpoint) -> Iterator[tuple[str, Quantised]]:

@@ -14,7 +14,7 @@ Shapes: T tokens without padding, H hidden, I width of a map's input, K top-k.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
@@ -27,6 +27,7 @@ from expertcut.calibrate.batches import make_batches
 from expertcut.calibrate.data import CalibrationSet
 from expertcut.calibrate.executor import LayerStream, find_experts
 from expertcut.calibrate.passage import Advance, Notify, Passage
+from expertcut.calibrate.quantised import recodable
 from expertcut.calibrate.residual import joining_factor
 from expertcut.calibrate.run import ProfileOptions, open_stream
 from expertcut.calibrate.transfer import fetch, park, settle
@@ -35,9 +36,9 @@ from expertcut.choose.plan import Deltas, Plan, kept_by_block, validate
 from expertcut.errors import PlanError
 from expertcut.measure.heal_inputs import Seen
 from expertcut.measure.heal_record import LayerHealed
-from expertcut.measure.refit import Linear, best_ridge, refit
+from expertcut.measure.refit import Linear, adopt, best_ridge, refit
 from expertcut.measure.variants import Variant
-from expertcut.model import ExpertTensor, Geometry, MoeBlock, Sliced
+from expertcut.model import ExpertTensor, Geometry, MoeBlock, Role, Sliced
 from expertcut.rewrite.deltas import DeltaFile, new_shape
 from expertcut.rewrite.gain import LAST, ROUNDING, last_projections
 
@@ -47,6 +48,8 @@ ROUNDS = 2
 """How often each map of a layer is improved."""
 SHARED = re.compile(r"shared_(?:experts?|mlp)\.")
 """Shared experts, in the name of a tensor below its block."""
+_PLAIN = ("weight", "", "bias")
+"""What there is of a projection that is not quantised, as its tensors' names end."""
 HELD = 4
 """Every so manieth sequence is held back while a layer's ridge is chosen."""
 
@@ -62,7 +65,8 @@ def fit_deltas(
         DestinationError: the file cannot be written.
     """
     validate(plan, geometry)
-    names = {block.layer: list(_healable(checkpoint, geometry, plan, block)) for block in geometry.trunk}
+    coded = recodable(checkpoint)
+    names = {block.layer: list(_healable(checkpoint, geometry, plan, block, coded)) for block in geometry.trunk}
     domains = [data.domains.index(s.domain) for s in data.sequences]
     batches = make_batches([s.ids for s in data.sequences], domains, options.micro_tokens)
     with ExitStack() as opened:
@@ -74,7 +78,7 @@ def fit_deltas(
             for name in chain.from_iterable(names.values())
         ]
         file = opened.enter_context(DeltaFile(path, announced))
-        run, done = _Run(stream, plan, Passage(stream, batches, 1, notify)), []
+        run, done = _Run(stream, plan, Passage(stream, batches, 1, notify), coded), []
         for index, base in stream.layers():
             block = stream.block(index)
             if block is None:
@@ -88,49 +92,49 @@ def fit_deltas(
         return file.finish(), done
 
 
-def _healable(checkpoint: Checkpoint, geometry: Geometry, plan: Plan, block: MoeBlock) -> Iterator[str]:
+def _healable(
+    checkpoint: Checkpoint, geometry: Geometry, plan: Plan, block: MoeBlock, coded: Collection[str]
+) -> Iterator[str]:  # fmt: skip
     """Yield the stored down projections of a block's kept experts, and of its shared ones.
 
     Raises:
-        PlanError: they are stored in a format that does not hold new values but for rounding.
+        PlanError: they are stored in a format that is too coarse for new values.
     """
     kept = set(kept_by_block(plan, geometry)[block.prefix])
     for key, parts in last_projections(geometry, block):
-        weight = parts.get("weight", parts.get(""))
         if key != block.prefix:
             continue
-        if weight is None or set(parts) - {"weight", "", "bias"}:
+        weight = parts.get("weight", parts.get(""))
+        plain = weight is not None and checkpoint.tensors[weight].dtype in ROUNDING and not set(parts) - {*_PLAIN}
+        if weight is None or not (plain or (weight in coded and _one_by_one(geometry.roles[weight]))):
             name = weight or next(iter(parts.values()))
+            info = checkpoint.tensors[name]
             raise PlanError(
-                f"{checkpoint.tensors[name].shard}: {name} is quantised, so that it cannot hold new values exactly",
-                f"heal a {', '.join(ROUNDING)} checkpoint of the model, and quantise that",
+                f"{info.shard}: {name} is {info.dtype}, in a format that cannot be given new values; expected "
+                f"{', '.join(ROUNDING)}, or 8 bits with scales",
+                "heal another checkpoint of the model, such as the BF16 one, and quantise that",
             )
         role = geometry.roles[weight]
         if isinstance(role, Sliced) or (isinstance(role, ExpertTensor) and role.expert in kept):
-            yield _held(checkpoint, weight)
+            yield weight
     for name, info in checkpoint.tensors.items():
         below = name.removeprefix(f"{block.prefix}.")
         shared = below != name and name not in block.tensors and SHARED.match(below) and len(info.shape) == 2
-        if shared and below.endswith(".weight") and LAST.search(below) and info.dtype in ROUNDING:
+        if shared and below.endswith(".weight") and LAST.search(below) and (info.dtype in ROUNDING or name in coded):
             yield name
 
 
-def _held(checkpoint: Checkpoint, name: str) -> str:
-    info = checkpoint.tensors[name]
-    if info.dtype not in ROUNDING:
-        raise PlanError(
-            f"{info.shard}: {name} is {info.dtype}, which cannot hold new values exactly; expected one of "
-            f"{', '.join(ROUNDING)}",
-            "heal an unquantised checkpoint of the model, and quantise that",
-        )
-    return name
+def _one_by_one(role: Role) -> bool:
+    """True if what is stored of one expert is a tensor, or a row of a stack."""
+    return isinstance(role, ExpertTensor) or (isinstance(role, Sliced) and (role.axis, role.unit) == (0, 1))
 
 
 class _Run:
     """Text on its way through base (track 0) and plan."""
 
-    def __init__(self, stream: LayerStream, plan: Plan, passage: Passage) -> None:
-        self.stream, self.passage = stream, passage
+    def __init__(self, stream: LayerStream, plan: Plan, passage: Passage, coded: Collection[str]) -> None:
+        """`coded` are quantised tensors that may get new values."""
+        self.stream, self.passage, self.coded = stream, passage, coded
         self.variant = Variant(stream, plan)
         self.factor = joining_factor(stream.config)
         self.track: int | None = None
@@ -173,11 +177,11 @@ class _Run:
         ridge, _ = best_ridge(list(maps.values()), left_TH, self._held(), RIDGES)
         if ridge is not None:
             refit(list(maps.values()), left_TH, ridge, ROUNDS)
+        values = list(self._values(block, layer, watched, names, maps, left_TH))
         healed = LayerHealed(
             index, ridge, sum(linear.change is not None for linear in maps.values()), len(watched.kept) + len(shared),
             left_TH.square().sum().item() / before if before else 1.0,
         )  # fmt: skip
-        values = list(self._values(block, layer, watched, names, maps))
         if self.factor is None:
             _add(watched, maps)
             passage.step(index, layer, self.track)
@@ -229,30 +233,64 @@ class _Run:
             done += count
 
     def _values(
-        self, block: MoeBlock, layer: nn.Module, experts: Any, names: list[str], maps: dict[int | str, Linear]
+        self, block: MoeBlock, layer: nn.Module, experts: Any, names: list[str], maps: dict[int | str, Linear],
+        left_TH: torch.Tensor,
     ) -> Iterator[tuple[str, torch.Tensor]]:  # fmt: skip
-        """The values of every stored tensor after healing, rounded to nearest in its dtype."""
+        """What is stored of every tensor after healing, rounded to nearest.
+
+        Rounding to 8 bits is coarse: their changes become those that the codes make, and `left_TH` what these leave.
+        """
         kept = self.variant.kept[block.layer]
         for name in names:
-            stored, role = self.variant.stored(name), self.stream.geometry.roles[name]
+            role, new = self.stream.geometry.roles[name], self._recoded if name in self.coded else self._changed
             if isinstance(role, Sliced):
-                parts = [stored.narrow(role.axis, e * role.unit, role.unit) for e in kept]
-                new = [
-                    _changed(name, part, _matrix(experts, e), _change(maps, place))
-                    for place, (e, part) in enumerate(zip(kept, parts, strict=True))
+                some = [
+                    new(name, _matrix(experts, e), maps.get(place), left_TH, (role, e)) for place, e in enumerate(kept)
                 ]
-                yield name, torch.cat(new, dim=role.axis)
+                yield name, _joined(some, role.axis)
             elif isinstance(role, ExpertTensor):
                 place = kept.index(role.expert)
-                yield name, _changed(name, stored, _matrix(experts, role.expert), _change(maps, place))
+                yield name, new(name, _matrix(experts, role.expert), maps.get(place), left_TH)
             else:
                 where = self._place(block.layer, name)
                 weight: Any = layer.get_submodule(where).weight
-                yield name, _changed(name, stored, weight, _change(maps, where))
+                yield name, new(name, weight, maps.get(where), left_TH)
+
+    def _changed(
+        self, name: str, weight_HI: torch.Tensor, linear: Linear | None, left_TH: torch.Tensor,
+        part: tuple[Sliced, int] | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """A stored weight, or the part of it that is an expert's, plus the map's change."""
+        stored = self.variant.stored(name)
+        if part is not None:
+            role, expert = part
+            stored = stored.narrow(role.axis, expert * role.unit, role.unit)
+        if linear is None or linear.change is None:
+            return stored
+        change = linear.change.T if _turned(name, stored, weight_HI) else linear.change
+        wide = stored.squeeze().to(torch.promote_types(stored.dtype, torch.float32)) + change.to(stored.device)
+        return wide.to(stored.dtype).view(stored.shape)
+
+    def _recoded(
+        self, name: str, weight_HI: torch.Tensor, linear: Linear | None, left_TH: torch.Tensor,
+        part: tuple[Sliced, int] | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """The same of a quantised weight: its codes."""
+        at = None if part is None else part[1]
+        codes, values = self.variant.recoded(name, None, at)
+        if linear is not None and linear.change is not None:
+            turned = _turned(name, values, weight_HI)
+            change = linear.change.T if turned else linear.change
+            codes, new = self.variant.recoded(name, change.reshape(values.shape), at)
+            made = (new - values).reshape(change.shape)
+            adopt(linear, made.T if turned else made, left_TH)
+        return codes.cpu()
 
 
-def _change(maps: dict[int | str, Linear], place: int | str) -> torch.Tensor | None:
-    return maps[place].change if place in maps else None
+def _joined(parts: list[torch.Tensor], axis: int) -> torch.Tensor:
+    """Concatenate, also what torch has no arithmetic for."""
+    bits = [part.view(torch.uint8) if part.dtype.itemsize == 1 else part for part in parts]
+    return torch.cat(bits, dim=axis).view(parts[0].dtype)
 
 
 def _matrix(experts: Any, expert: int) -> torch.Tensor:
@@ -261,17 +299,12 @@ def _matrix(experts: Any, expert: int) -> torch.Tensor:
     return weight.T if experts.is_transposed else weight
 
 
-def _changed(name: str, stored: torch.Tensor, weight_HI: torch.Tensor, change_HI: torch.Tensor | None) -> torch.Tensor:
-    """A stored weight plus a change, in whichever of the two orders it is stored; `weight_HI` is the one in memory."""
-    if change_HI is None:
-        return stored
-    flat = stored.squeeze()
-    found = flat.to(weight_HI.device, weight_HI.dtype)
+def _turned(name: str, stored: torch.Tensor, weight_HI: torch.Tensor) -> bool:
+    """Whether a weight is stored in the other of two orders; `weight_HI` is the one in memory."""
+    found = stored.squeeze().to(weight_HI.device, weight_HI.dtype)
     for turned in (False, True):
-        ordered, change = (weight_HI.T, change_HI.T) if turned else (weight_HI, change_HI)
-        if torch.equal(found, ordered):
-            wide = flat.to(torch.promote_types(stored.dtype, torch.float32)) + change.to(stored.device)
-            return wide.to(stored.dtype).view(stored.shape)
+        if torch.equal(found, weight_HI.T if turned else weight_HI):
+            return turned
     raise PlanError(f"{name}: is not stored as the experts' down projection is used, so that it cannot be healed")
 
 

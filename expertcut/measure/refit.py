@@ -38,6 +38,15 @@ class Linear:
     """ΔW found so far, (H, I) float32."""
 
 
+def adopt(linear: Linear, change_HI: torch.Tensor, left_TH: torch.Tensor) -> None:
+    """Let a map's change be another one, such as a rounded one, and `left_TH` what is left with it, in place."""
+    assert linear.change is not None
+    step_IH = (change_HI - linear.change).T
+    linear.change = change_HI
+    for rows, given in _chunks(linear):
+        left_TH.index_add_(0, rows, given @ step_IH, alpha=-1)
+
+
 def refit(maps: Sequence[Linear], left_TH: torch.Tensor, ridge: float, rounds: int) -> None:
     """Change maps so that they add what is left, and take what they add from `left_TH`, (T, H) float32, in place."""
     busy = [linear for linear in maps if len(linear.rows_n) >= LEAST]

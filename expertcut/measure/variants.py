@@ -19,6 +19,7 @@ from torch import nn
 
 from expertcut.calibrate import hf
 from expertcut.calibrate.executor import LayerStream, find_experts, find_layers, idle_experts
+from expertcut.calibrate.quantised import DequantisingReader
 from expertcut.calibrate.reader import DTYPES, times
 from expertcut.checkpoint import TensorInfo, read_array
 from expertcut.choose.plan import Plan, kept_by_block, numbers
@@ -93,7 +94,8 @@ def _instead(stored: torch.Tensor, read: Callable[[], torch.Tensor]) -> torch.Te
 
 def _with_rows(stored: torch.Tensor, read: Callable[[], torch.Tensor], axis: int, rows: list[int]) -> torch.Tensor:
     """The stored tensor with new values in some rows; those of dropped experts are never used."""
-    return stored.index_copy(axis, torch.tensor(rows), read())
+    bits, new = (t.view(torch.uint8) if t.dtype.itemsize == 1 else t for t in (stored, read()))
+    return bits.index_copy(axis, torch.tensor(rows), new).view(stored.dtype)
 
 
 class Variant:
@@ -149,6 +151,15 @@ class Variant:
         """Return a tensor of the source as the plan leaves its values, in the dtype and order that it is stored in."""
         with self._changing():
             return self._stream.reader.view(name)
+
+    def recoded(
+        self, name: str, change: torch.Tensor | None, at: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        """Return what is stored of a quantised tensor after a further change, and its values: see the reader."""
+        reader = self._stream.reader
+        assert isinstance(reader, DequantisingReader)
+        with self._changing():
+            return reader.recoded(name, change, at)
 
     def numbers(self, index: int, base: nn.Module) -> torch.Tensor:
         """Return the base's numbers of this variant's experts, and of what comes behind them: (E' + tail,) int64."""

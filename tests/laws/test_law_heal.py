@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from law_models import Model
+from quantised_models import EIGHT_BITS, quantised_pair
 from test_law_gain import gained
 from tiny_models import NAMES, silent, tiny_model, tokens
 from tiny_types import NOT_STREAMED, STREAMED, tiny_type
@@ -211,6 +212,21 @@ def test_law_3_for_healed_plans_as_the_hub_stores_them(
     model = scaled(tiny_model(name, tmp_path_factory), tmp_path / "model")
     fit = fitted(model, lower(model), tmp_path, monkeypatch)
     check_written(model, fit, tmp_path / "out", check_layers(model, fit, 0.05))
+
+
+@pytest.mark.parametrize("name", EIGHT_BITS)
+@pytest.mark.parametrize("gain", [None, 0.8])
+def test_law_3_for_healed_plans_of_8_bits(
+    name: str, gain: float | None, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Codes are coarse, but the fit knows what they come to."""
+    model = Model(quantised_pair(name, tmp_path_factory)[0])
+    plan = lower(model)
+    if gain and name != "MXFP8":  # whose scales hold no gain
+        plan = gained(plan, gain, 1.1)
+    fit = fitted(model, plan, tmp_path, monkeypatch)
+    check_written(model, fit, tmp_path / "out", check_layers(model, fit, 1e-4))
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3", "gpt_oss", "qwen3_vl_moe"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from quantised_models import every_format, quantised_pair
-from tiny_models import calibration, silent, tokens
+from quantised_models import EIGHT_BITS, FORMATS, quantised_pair
+from tiny_models import calibration, read_tensors, silent, tokens, write_shards
 from tiny_types import tiny_type
 
 from expertcut.calibrate.data import CalibrationSet, load_calibration
@@ -319,8 +321,41 @@ def test_running_out_of_memory_changes_nothing(
     assert len(set(refused)) == 2, "in the base's run and in the plan's"
 
 
-@every_format
-def test_a_quantised_checkpoint_is_refused_before_anything_runs(
+def in_fp8(folder: Path, out: Path, block: int = 32) -> Path:
+    """A copy of a checkpoint whose projections are 8-bit floats with a scale per block."""
+    shutil.copytree(folder, out, ignore=shutil.ignore_patterns("*.safetensors*"))
+    tensors: dict[str, torch.Tensor] = {}
+    for name, weight in read_tensors(folder).items():
+        tensors[name] = weight
+        if name.endswith("_proj.weight"):
+            rows, columns = weight.shape
+            parts = weight.float().view(rows // block, block, columns // block, block)
+            scale = parts.abs().amax((1, 3)) / 448
+            tensors[name] = (parts / scale[:, None, :, None]).view(weight.shape).to(torch.float8_e4m3fn)
+            tensors[f"{name}_scale_inv"] = scale
+    write_shards(out, tensors, 10**9)
+    config = json.loads((out / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [block, block]}
+    (out / "config.json").write_text(json.dumps(config))
+    return out
+
+
+def test_eight_bits_have_room_for_what_healing_wins(texts: Texts, healed: tuple[Healed, Path], tmp_path: Path) -> None:
+    whole = healed[0].found
+    checkpoint = open_checkpoint(in_fp8(texts.checkpoint.path, tmp_path / "fp8"))
+    coded = replace(texts, checkpoint=checkpoint, geometry=read_geometry(checkpoint))
+    plan = texts.half.model_copy(update={"source": coded.half.source})
+    found = coded.heal(plan, tmp_path / FILE)
+    won = found.found.difference(found.name, PLAN).value
+    assert won == pytest.approx(whole.difference(healed[0].name, PLAN).value, rel=0.1)
+    infos = new_tensors(checkpoint, coded.geometry, found.plan)
+    assert {info.dtype for info in infos.values()} == {"F8_E4M3"}
+    prune(checkpoint, coded.geometry, found.plan, tmp_path / "out")
+    require(verify_bytes(tmp_path / "out", checkpoint))
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if name not in EIGHT_BITS])
+def test_a_format_without_room_is_refused_before_anything_runs(
     name: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def run(*args: Any) -> Any:
@@ -330,7 +365,7 @@ def test_a_quantised_checkpoint_is_refused_before_anything_runs(
     checkpoint = open_checkpoint(quantised_pair(name, tmp_path_factory)[0])
     geometry = read_geometry(checkpoint)
     plan = make_plan(checkpoint, geometry, top_k=1)
-    with pytest.raises(PlanError, match="cannot hold new values exactly") as caught:
+    with pytest.raises(PlanError, match="cannot be given new values; expected") as caught:
         heal_plan(
             checkpoint, geometry, plan, DATA, DATA, tmp_path / FILE, OPTIONS, notify=silent, advance=silent
         )  # fmt: skip
