@@ -162,20 +162,29 @@ def _ratio(ratios: list[float]) -> str:
 
 
 def left_out(here: Setting) -> None:
-    """Print what healing does to a domain whose calibration text it has seen, and has not: half dropped, one seed."""
+    """Print what healing does to a domain whose calibration text it has seen, and has not: half dropped, one seed.
+
+    Text sampled from the model itself stands in for what is left out, or is all there is.
+    """
     model, share, seed = here.subject, HALF, SEEDS[0]
     plan, text = here.plan(BESIDE, share, here.profile(seed)[1], seed), here.fit_on(seed)
-    plans = {"plain": plan, "all": _fitted(here, plan, text, "all")}
+    own = model.text(["self"], here.given.own_tokens, seed + OTHER_SEED)
+    plans = {"plain": plan, "all": _fitted(here, plan, text, "all"), "own": _fitted(here, plan, own, "own")}
     for domain in text.domains:
         rest = tuple(s for s in text.sequences if s.domain != domain)
         others = replace(text, sequences=rest, domains=tuple(d for d in text.domains if d != domain))
+        both = replace(others, sequences=(*rest, *own.sequences), domains=(*others.domains, *own.domains))
         plans[domain] = _fitted(here, plan, others, domain)
+        plans[f"{domain}, own"] = _fitted(here, plan, both, f"{domain}-own")
     found = model.whatif(here.report, plans)
     out(f"\n#### {model.title}, {share:.0%} dropped by {BESIDE}: domains left out of the text to heal with\n")
-    columns = ["domain", "plain", "healed with it", "healed without it", "without − plain", "without − with"]
-    rows: list[list[object]] = [
-        [d, *(found.change(name, d).shown for name in ("plain", "all", d)),
-         *(found.difference(d, name, d).shown for name in ("plain", "all"))]
+    columns = ["domain", "plain", "healed with it", "healed without it", "without it, with own text", "own text alone",
+               "without − plain", "without, with own text − plain"]  # fmt: skip
+    rows: list[list[object]] = [["all", *(found.change(n).shown for n in ("plain", "all")), "", "",
+                                 found.change("own").shown, "", ""]]  # fmt: skip
+    rows += [
+        [d, *(found.change(n, d).shown for n in ("plain", "all", d, f"{d}, own", "own")),
+         *(found.difference(n, "plain", d).shown for n in (d, f"{d}, own"))]
         for d in text.domains if d in found.domains
     ]  # fmt: skip
     out(table(columns, rows))
@@ -203,10 +212,13 @@ class _Clock:
 def main() -> None:
     parser = arguments("What healing wins back.", 16384, 65536)
     parser.add_argument("--heal-tokens", type=int, default=131072, help="calibration tokens to fit on")
+    parser.add_argument("--own-tokens", type=int, default=32768, help="sampled from the model, to fit on besides")
     parser.add_argument("--steps", type=int, default=STEPS, help="of router distillation")
     parser.add_argument("--items", type=int, default=2000, help="arithmetic problems")
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="how many of the seeds to run")
-    parser.add_argument("--dropped", nargs="+", type=float, default=DROPPED, help="shares of the experts")
+    parser.add_argument(
+        "--dropped", nargs="*", type=float, default=DROPPED, help="shares of the experts; none: domains only"
+    )
     given = parser.parse_args()
     ratios: dict[str, list[float]] = {f"{AUTO}{HEALED}": [], f"{AUTO}{DISTILLED}": []}
     with tempfile.TemporaryDirectory() as folder:
@@ -221,8 +233,9 @@ def main() -> None:
             clock = _Clock(subject.folder.name)
             left_out(here)
             clock("domains left out")
-    told = "; ".join(f"{name} {_ratio(some)}" for name, some in ratios.items())
-    out(f"\nHalf dropped, all models: the loss beside plain {BESIDE}'s, geometric mean over models and seeds: {told}.")
+    told = "; ".join(f"{name} {_ratio(some)}" for name, some in ratios.items() if some)
+    if told:
+        out(f"\nHalf dropped, all models: loss beside plain {BESIDE}'s, geometric mean over models and seeds: {told}.")
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def heal(
     Kept only as far as held-out text shows that it helps. Text of every domain that counts must be in it: docs/heal.md.
 
     Example:
-      expertcut heal MODEL --plan half.json --calibration general --tokens 131072 -o healed.json
+      expertcut heal MODEL --plan half.json --calibration general --calibration self -o healed.json
     """
     from expertcut.checkpoint import open_checkpoint
     from expertcut.choose.plan import Plan
