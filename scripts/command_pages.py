@@ -12,7 +12,7 @@ from typing import Any
 
 import typer.main
 
-from expertcut.cli.app import app
+from expertcut.cli.app import COMMANDS, application
 
 ROOT = Path(__file__).resolve().parents[1]
 MADE = "<!-- Made by scripts/docs from the command's own help: change that, not this page. -->"
@@ -28,7 +28,7 @@ MORE = {
 
 def commands() -> dict[str, Any]:
     """Every command by name, in the order of the help: typer's own objects."""
-    return dict(typer.main.get_group(app).commands)
+    return dict(typer.main.get_group(application(COMMANDS)).commands)
 
 
 def pages() -> dict[str, str]:
@@ -43,7 +43,7 @@ def navigation(config: str) -> str:
 
 
 def overview() -> str:
-    group = typer.main.get_group(app)
+    group = typer.main.get_group(application(COMMANDS))
     rows = [(f"[`{name}`]({name}.md)", cell(str(c.help).split("\n\n")[0])) for name, c in commands().items()]
     return "\n".join(
         [

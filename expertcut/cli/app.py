@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from types import TracebackType
 from typing import Annotated
 
@@ -20,6 +19,7 @@ from expertcut.cli.eval import evaluate
 from expertcut.cli.heal import heal
 from expertcut.cli.inspect import inspect
 from expertcut.cli.merge import merge
+from expertcut.cli.options import flat
 from expertcut.cli.plan import plan
 from expertcut.cli.profile import profile
 from expertcut.cli.prune import prune
@@ -38,9 +38,21 @@ COMMANDS: dict[str, Callable[..., None]] = {
 # Wherever the installed typer keeps click: the base of BadParameter is UsageError, whose base is ClickException.
 _CLICK_ERROR: type[Exception] = typer.BadParameter.__mro__[2]
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-for _name, _command in COMMANDS.items():
-    app.command(_name)(_command)
+
+def application(whole: Collection[str]) -> typer.Typer:
+    """Return the command line: these commands whole, of the others, as each takes time, only what they are for."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.callback()(_options)
+    for name, command in COMMANDS.items():
+        app.command(name)(flat(command) if name in whole else _described(command))
+    return app
+
+
+def _described(command: Callable[..., None]) -> Callable[[], None]:
+    def nothing() -> None: ...
+
+    nothing.__doc__ = command.__doc__
+    return nothing
 
 
 def _print_version(wanted: bool) -> None:
@@ -49,7 +61,6 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
     version: Annotated[
@@ -76,7 +87,7 @@ def run(args: Sequence[str]) -> int:
     Errors of the program are printed; what is unexpected is raised.
     """
     debug = False
-    command = typer.main.get_group(app)
+    command = typer.main.get_group(application([name for name in args if name in COMMANDS][:1]))
     command.rich_markup_mode = None  # the list of commands is plain text: drawing it takes longer than all imports
     with Output(args) as out:
         try:
@@ -96,6 +107,8 @@ def run(args: Sequence[str]) -> int:
             return 1
         except (_CLICK_ERROR, ExpertcutError, OSError) as error:
             if debug:
+                import traceback
+
                 traceback.print_exc()
             return _fail(out, error)
     return 0

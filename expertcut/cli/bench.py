@@ -10,7 +10,7 @@ import typer
 
 from expertcut.cli.common import Output, draw, output
 from expertcut.cli.loading import LOG, USUAL_ENGINE, USUAL_LOAD, EngineOptions, LoadOptions, Prepared, prepare
-from expertcut.cli.options import Json, Seed, flat
+from expertcut.cli.options import Json, Seed
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -25,7 +25,6 @@ BUSY_CLIENT = 0.5
 """Of a core: a client that uses more may be what limits the figures."""
 
 
-@flat
 def bench(
     ctx: typer.Context,
     models: Annotated[

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from expertcut.cli.common import Output, numbers, output
-from expertcut.cli.options import LOADS, Json, Model, Revision, Services, Shards, flat
+from expertcut.cli.options import LOADS, Json, Model, Revision, Services, Shards
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 VARIANTS, FITTING = "Variants of the model", "Fitting"
 
 
-@flat
 def estimate(
     ctx: typer.Context,
     model: Model,

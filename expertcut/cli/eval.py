@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from expertcut.cli.common import Output, output
-from expertcut.cli.options import AS_IT_COMES, Forward, Json, Model, Revision, Seed, SeqLen, Tokens, flat
+from expertcut.cli.options import AS_IT_COMES, Forward, Json, Model, Revision, Seed, SeqLen, Tokens
 from expertcut.cli.tasks import NO_TASKS, TaskOptions, prepare, solve
 from expertcut.errors import UsageError
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from expertcut.model import Geometry
 
 
-@flat
 def evaluate(
     ctx: typer.Context,
     model: Model,

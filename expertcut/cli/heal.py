@@ -8,10 +8,9 @@ from typing import Annotated
 import typer
 
 from expertcut.cli.common import output
-from expertcut.cli.options import AS_IT_COMES, Forward, Json, Model, Revision, Seed, SeqLen, flat
+from expertcut.cli.options import AS_IT_COMES, Forward, Json, Model, Revision, Seed, SeqLen
 
 
-@flat
 def heal(
     ctx: typer.Context,
     model: Model,

@@ -21,11 +21,9 @@ from expertcut.cli.options import (
     Model,
     Revision,
     Service,
-    flat,
 )
 
 
-@flat
 def plan(
     ctx: typer.Context,
     model: Model,

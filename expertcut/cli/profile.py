@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from expertcut.cli.common import Output, output
-from expertcut.cli.options import POOLED, Json, Model, Recorded, Revision, Seed, SeqLen, flat
+from expertcut.cli.options import POOLED, Json, Model, Recorded, Revision, Seed, SeqLen
 from expertcut.errors import UsageError
 
 if TYPE_CHECKING:
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from expertcut.calibrate.profile import Profile
 
 
-@flat
 def profile(
     ctx: typer.Context,
     model: Model,

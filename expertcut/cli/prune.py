@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from expertcut.cli.common import Output, output
-from expertcut.cli.options import AS_IT_COMES, NO_CHOICE, NO_GATE, Choice, Forward, Heldout, Json, Model, Revision, flat
+from expertcut.cli.options import AS_IT_COMES, NO_CHOICE, NO_GATE, Choice, Forward, Heldout, Json, Model, Revision
 from expertcut.errors import DestinationError, UsageError
 
 if TYPE_CHECKING:
@@ -33,7 +33,6 @@ class Writing:
     check: bool
 
 
-@flat
 def prune(
     ctx: typer.Context,
     model: Model,

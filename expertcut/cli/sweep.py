@@ -22,7 +22,6 @@ from expertcut.cli.options import (
     Service,
     Shards,
     Tokens,
-    flat,
 )
 from expertcut.errors import UsageError
 
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
     from expertcut.measure.sweep import Point
 
 
-@flat
 def sweep(
     ctx: typer.Context,
     model: Model,
