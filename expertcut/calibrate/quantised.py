@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -80,6 +81,36 @@ class Quantised:
     shape: tuple[int, ...] | None
     """None: stored as the part `shape`."""
     values: Callable[[dq.Parts, dq.Settings], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Coded:
+    """A quantised tensor in memory. Other values are for `recodable` ones only."""
+
+    parts: dq.Parts
+    formula: Callable[[dq.Parts], torch.Tensor]
+
+    @property
+    def codes(self) -> torch.Tensor:
+        """The stored weight."""
+        return self.parts["weight"]
+
+    @property
+    def values(self) -> torch.Tensor:
+        """What it stands for, float32."""
+        return self.formula(self.parts)
+
+    def nearest(self, values: torch.Tensor) -> Coded:
+        """Return it with the codes nearest to other values under the scales that it has; beyond them, the outermost."""
+        codes = self.codes
+        steps = self.formula({**self.parts, "weight": torch.ones_like(codes, dtype=torch.float32).to(codes.dtype)})
+        whole = torch.where(steps == 0, 0.0, values / steps)
+        if codes.dtype == torch.int8:
+            new = whole.round().clamp(-128, 127)
+        else:
+            most = torch.finfo(codes.dtype).max
+            new = whole.clamp(-most, most)
+        return Coded({**self.parts, "weight": new.to(codes.dtype)}, self.formula)
 
 
 def open_reader(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> TensorReader:
@@ -161,31 +192,15 @@ class DequantisingReader(TensorReader):
             some = {part: t[rows] if t.dim() and len(t) == shape[0] else t for part, t in stored.items()}
             out[rows].copy_(self._values(name, {part: t.to(self._device) for part, t in some.items()}))
 
-    def recoded(
-        self, name: str, change: torch.Tensor | None, at: int | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-        """Return what is stored of a plain tensor after a change of its values, and the values that it stands for then.
-
-        Codes are rounded to nearest by the scales as they are; out of range they become the outermost. Of a stack, `at`
-        takes one matrix, with the axis of the stack. Values are float32; all is on the device. Of `recodable` names.
-        """
+    def coded(self, name: str, at: int | None = None) -> Coded:
+        """Return a quantised tensor as stored, on the device; of a stack, `at` takes one matrix, with its axis."""
         stored = {part: super(DequantisingReader, self).view(n) for part, n in self._groups[name].parts.items()}
         count = len(stored["weight"])
         parts = {
             part: (t if at is None or not t.dim() or len(t) != count else t[at : at + 1]).to(self._device)
             for part, t in stored.items()
         }
-        codes, values = parts["weight"], self._values(name, parts)
-        if change is None:
-            return codes, values
-        steps = self._values(name, parts | {"weight": torch.ones_like(codes, dtype=torch.float32).to(codes.dtype)})
-        whole = torch.where(steps == 0, 0.0, (values + change) / steps)
-        if codes.dtype == torch.int8:
-            codes = whole.round().clamp(-128, 127).to(codes.dtype)
-        else:
-            most = torch.finfo(codes.dtype).max
-            codes = whole.clamp(-most, most).to(codes.dtype)
-        return codes, self._values(name, parts | {"weight": codes})
+        return Coded(parts, partial(self._values, name))
 
     def _parts(self, name: str) -> dict[str, torch.Tensor]:
         parts = self._groups[name].parts

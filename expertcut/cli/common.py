@@ -185,9 +185,13 @@ def console(stream: IO[str]) -> Console:
 def _portable(argument: str) -> str:
     """An argument, or an option's value, without the folders of a path that does not stay below the current one."""
     option, value = re.fullmatch(r"(--[^=]+=|-[A-Za-z](?=[/~]))?(.*)", argument, re.DOTALL).groups("")  # type: ignore[union-attr]
+    return option + ",".join(_inside(part) for part in value.split(","))
+
+
+def _inside(value: str) -> str:
     path = PurePath(value)
     outside = path.is_absolute() or value.startswith("~") or ".." in path.parts
-    return option + (path.name or value) if outside else argument
+    return (path.name or value) if outside else value
 
 
 def _finite(value: Any) -> Any:

@@ -56,7 +56,7 @@ def heal(
     Kept only as far as held-out text shows that it helps. Text of every domain that counts must be in it: docs/heal.md.
 
     Example:
-      expertcut heal MODEL --plan half.json --calibration general --calibration self -o healed.json
+      expertcut heal MODEL --plan half.json --calibration general --calibration self --tokens 131072 -o healed.json
     """
     from expertcut.checkpoint import open_checkpoint
     from expertcut.choose.plan import Plan
@@ -64,7 +64,8 @@ def heal(
     from expertcut.cli.tables import facts, size
     from expertcut.cli.text import read_texts
     from expertcut.errors import UsageError
-    from expertcut.model import check_fingerprint, read_geometry
+    from expertcut.measure.heal_fit import check_healable
+    from expertcut.model import read_geometry
 
     out = output(ctx, as_json)
     deltas = deltas_file(out_file)
@@ -73,7 +74,7 @@ def heal(
     given = Plan.load(plan)
     checkpoint = open_checkpoint(model, revision, download=True)
     geometry = read_geometry(checkpoint)
-    check_fingerprint(given.source.fingerprint, checkpoint, geometry)
+    check_healable(checkpoint, geometry, given)
     texts = read_texts(
         out, checkpoint, geometry, given, forward, fit=calibration, judge=data, tokens=tokens, seq_len=seq_len,
         seed=seed, what="healing",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,17 +55,12 @@ def heal_with(
             checkpoint, geometry, plan, texts.fit_on, texts.judge_on, deltas_file(path),
             ProfileOptions(**vars(forward)), distil=distil, notify=out.note, advance=advance,
         )  # fmt: skip
-    record = _record(out, plan, texts, healed)
+    record = _record(out, plan, texts, forward, healed)
     facts = {KEY: record.model_dump(mode="json"), "healing_text": texts.facts["healing_text"],
              "healing_judged_text": texts.facts["judged_text"]}  # fmt: skip
     made = healed.plan.model_copy(update={"provenance": plan.provenance | facts})
     made.save(path)
-    for domain in record.harmed:
-        out.warn(
-            f"healed, the plan does worse in {domain} than it did: {record.domains[domain].shown} nats per token; "
-            "more text of that kind in --calibration helps"
-        )
-    return Outcome(made, {KEY: facts[KEY]}, _shown(record))
+    return _outcome(out, made, record)
 
 
 def deltas_file(path: Path) -> Path:
@@ -81,19 +77,21 @@ def healed_for(
     """
     from expertcut.choose.plan import Plan
     from expertcut.errors import ExpertcutError
-    from expertcut.measure.heal_record import KEY, HealRecord
+    from expertcut.measure.heal_record import HealRecord
+    from expertcut.rewrite.deltas import check_new, new_tensors
 
     path = _beside(target)
     if path.exists():
         try:
             found = Plan.load(path)
-            if found.deltas is None or found.deltas_path.exists():
-                record = HealRecord.of_plan(found)
-                if record is not None and record.of == identity(plan, texts):
-                    out.note(f"{path}: healed before, by a run that did not end; used again")
-                    return Outcome(found, {KEY: record.model_dump(mode="json")}, _shown(record))
+            record = HealRecord.of_plan(found)
+            if record is not None and record.of == identity(plan, texts, forward):
+                if found.deltas:
+                    check_new(new_tensors(checkpoint, geometry, found).values(), found.deltas.tensors)
+                out.note(f"{path}: healed before, by a run that did not end; used again")
+                return _outcome(out, found, record)
         except ExpertcutError:
-            pass  # a file of something else is replaced like any plan
+            pass  # a file of something else, or beside other values, is replaced
     return heal_with(out, checkpoint, geometry, plan, texts, path, forward)
 
 
@@ -107,27 +105,39 @@ def _beside(target: Path) -> Path:
     return target.with_name(f"{target.name}.healed.json")
 
 
-def identity(plan: Plan, texts: Texts) -> str:
-    """Return what tells one healing from another: a hash of the plan and of both texts."""
+def identity(plan: Plan, texts: Texts, forward: Forward) -> str:
+    """Return what tells one healing from another: a hash of the plan, of both texts, and of the dtype."""
     assert texts.fit_on is not None
-    parts = (plan.model_dump_json(), texts.fit_on.fingerprint, texts.judge_on.fingerprint)
+    parts = (plan.model_dump_json(), texts.fit_on.fingerprint, texts.judge_on.fingerprint, forward.dtype)
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
-def _record(out: Output, plan: Plan, texts: Texts, healed: Healed) -> HealRecord:
+def _record(out: Output, plan: Plan, texts: Texts, forward: Forward, healed: Healed) -> HealRecord:
     from expertcut.measure.heal import PLAN
     from expertcut.measure.heal_record import HealRecord, Tried
 
     assert texts.fit_on is not None
     found = healed.found
     domains = found.domains if len(found.domains) > 1 and healed.name != PLAN else ()
+    tried = (Tried(name, layers, found.change(name), found.difference(name, PLAN))
+             for name, layers in healed.prefixes.items())  # fmt: skip
     return HealRecord(
-        of=identity(plan, texts), command=out.command, tokens=texts.fit_on.tokens, judged_tokens=texts.judge_on.tokens,
-        kept=healed.name, domains={domain: found.difference(healed.name, PLAN, domain) for domain in domains},
-        distilled=healed.distilled, layers=healed.layers,
-        tried=[Tried(name, layers, found.change(name), found.difference(name, PLAN))
-               for name, layers in healed.prefixes.items()],
+        of=identity(plan, texts, forward), command=out.command, tokens=texts.fit_on.tokens,
+        judged_tokens=found.count(), kept=healed.name,
+        domains={domain: found.difference(healed.name, PLAN, domain) for domain in domains},
+        distilled=healed.distilled, layers=healed.layers, tried=[one for one in tried if isfinite(one.change.value)],
     )  # fmt: skip
+
+
+def _outcome(out: Output, plan: Plan, record: HealRecord) -> Outcome:
+    from expertcut.measure.heal_record import KEY
+
+    for domain in record.harmed:
+        out.warn(
+            f"healed, the plan does worse in {domain} than it did: {record.domains[domain].shown} nats per token; "
+            "more text of that kind in --calibration helps"
+        )
+    return Outcome(plan, {KEY: record.model_dump(mode="json")}, _shown(record))
 
 
 def _shown(record: HealRecord) -> list[RenderableType]:
@@ -138,16 +148,11 @@ def _shown(record: HealRecord) -> list[RenderableType]:
         ridge = "none helps" if layer.ridge is None else f"{layer.ridge:g}"
         kept = "yes" if at < record.best.layers and layer.changed else "no"
         layers.append((layer.layer, ridge, f"{layer.changed} of {layer.maps}", f"{layer.left:.1%}", kept))
-    tried = [
-        (one.name, one.change.shown, "" if one is record.tried[0] else one.beside.shown,
-         "kept" if one.name == record.kept else "")
-        for one in record.tried
-    ]  # fmt: skip
     domains = [
         (name, change.shown, "worse" if name in record.harmed else "") for name, change in record.domains.items()
     ]
     by_domain: list[RenderableType] = ["", table(("domain", ">beside the plan", ""), domains)] if domains else []
     return [
         "", table((">layer", ">ridge", ">projections refitted", ">residual left", "kept"), layers),
-        "", table(("tried", ">change of the loss", ">beside the plan", ""), tried), *by_domain, "", record.told,
+        "", table(("tried", ">change of the loss", ">beside the plan", ""), record.rows), *by_domain, "", record.told,
     ]  # fmt: skip

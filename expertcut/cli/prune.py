@@ -107,6 +107,9 @@ def prune(
     if heal and dry_run:
         out.note("--heal changes values only: nothing is fitted for a dry run")
     elif heal:
+        from expertcut.measure.heal_fit import check_healable
+
+        check_healable(checkpoint, geometry, made)
         texts = read_texts(
             out, checkpoint, geometry, made, forward, fit=calibration, judge=None, tokens=heldout.tokens,
             seq_len=heldout.seq_len, seed=choice.seed, what="healing",

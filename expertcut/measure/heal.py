@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from math import isfinite
 from pathlib import Path
 
 from expertcut.calibrate.data import CalibrationSet
@@ -21,9 +22,9 @@ from expertcut.choose.plan import Deltas, Plan, deltas_of
 from expertcut.errors import PlanError
 from expertcut.measure.distil import distil_routers
 from expertcut.measure.gain import fit_gains, gain_kinds
-from expertcut.measure.heal_fit import fit_deltas
+from expertcut.measure.heal_fit import check_healable, fit_deltas
 from expertcut.measure.heal_record import LayerHealed
-from expertcut.measure.quality import WhatIf
+from expertcut.measure.quality import BASE, WhatIf
 from expertcut.measure.whatif import evaluate
 from expertcut.model import Geometry
 from expertcut.rewrite.deltas import copied, new_tensors
@@ -70,11 +71,11 @@ def heal_plan(
     memory, and kept if that lowers the loss on `judge_on` once more.
 
     Raises:
-        PlanError: the plan has new values already, or its format or family cannot be healed or distilled.
+        PlanError: the plan has new values already, its format or family cannot be healed or distilled, or the loss is
+            not finite.
         DestinationError: the file cannot be written.
     """
-    if plan.deltas:
-        raise PlanError("the plan is healed already", "heal the plan that it was made from")
+    check_healable(checkpoint, geometry, plan)
     deltas, layers = fit_deltas(checkpoint, geometry, plan, fit_on, path, options, notify=notify, advance=advance)
     try:
         healed = dict(_prefixes(geometry, plan.beside(path.absolute().parent, deltas)))
@@ -82,6 +83,8 @@ def heal_plan(
         candidates = {PLAN: plan} | {_named(n, len(layers)): made for n, made in healed.items()} | gained
         prefixes = dict.fromkeys(candidates, 0) | {_named(n, len(layers)): n for n in healed}
         found = evaluate(checkpoint, geometry, judge_on, candidates, options, notify=notify, advance=advance)
+        if not isfinite(found.mean("nll", BASE) + found.mean("nll", PLAN)):
+            raise PlanError("the loss on the text to judge on is not finite", "try --dtype float32")
         name = _best(found)
         kept = prefixes[name]
         if kept and kept < len(layers):

@@ -27,7 +27,7 @@ from expertcut.calibrate.batches import make_batches
 from expertcut.calibrate.data import CalibrationSet
 from expertcut.calibrate.executor import LayerStream, find_experts
 from expertcut.calibrate.passage import Advance, Notify, Passage
-from expertcut.calibrate.quantised import recodable
+from expertcut.calibrate.quantised import Coded, recodable
 from expertcut.calibrate.residual import joining_factor
 from expertcut.calibrate.run import ProfileOptions, open_stream
 from expertcut.calibrate.transfer import fetch, park, settle
@@ -38,7 +38,7 @@ from expertcut.measure.heal_inputs import Seen
 from expertcut.measure.heal_record import LayerHealed
 from expertcut.measure.refit import Linear, adopt, best_ridge, refit
 from expertcut.measure.variants import Variant
-from expertcut.model import ExpertTensor, Geometry, MoeBlock, Role, Sliced
+from expertcut.model import ExpertTensor, Geometry, MoeBlock, Role, Sliced, check_fingerprint
 from expertcut.rewrite.deltas import DeltaFile, new_shape
 from expertcut.rewrite.gain import LAST, ROUNDING, last_projections
 
@@ -64,9 +64,7 @@ def fit_deltas(
         PlanError: the plan does not fit the checkpoint, or its format or family cannot be healed.
         DestinationError: the file cannot be written.
     """
-    validate(plan, geometry)
-    coded = recodable(checkpoint)
-    names = {block.layer: list(_healable(checkpoint, geometry, plan, block, coded)) for block in geometry.trunk}
+    names, coded = _names(checkpoint, geometry, plan)
     domains = [data.domains.index(s.domain) for s in data.sequences]
     batches = make_batches([s.ids for s in data.sequences], domains, options.micro_tokens)
     with ExitStack() as opened:
@@ -90,6 +88,25 @@ def fit_deltas(
                 done.append(healed)
             advance(index + 1, len(stream))
         return file.finish(), done
+
+
+def check_healable(checkpoint: Checkpoint, geometry: Geometry, plan: Plan) -> None:
+    """Check by headers that a plan can be healed, before any text is read.
+
+    Raises:
+        PlanError: it is of another model, has new values already, or the format cannot be given any.
+    """
+    if plan.deltas:
+        raise PlanError("the plan is healed already", "heal the plan that it was made from")
+    check_fingerprint(plan.source.fingerprint, checkpoint, geometry)
+    _names(checkpoint, geometry, plan)
+
+
+def _names(checkpoint: Checkpoint, geometry: Geometry, plan: Plan) -> tuple[dict[int, list[str]], set[str]]:
+    """The tensors of every layer that get new values, and quantised ones that may."""
+    validate(plan, geometry)
+    coded = recodable(checkpoint)
+    return {block.layer: list(_healable(checkpoint, geometry, plan, block, coded)) for block in geometry.trunk}, coded
 
 
 def _healable(
@@ -180,7 +197,7 @@ class _Run:
         values = list(self._values(block, layer, watched, names, maps, left_TH))
         healed = LayerHealed(
             index, ridge, sum(linear.change is not None for linear in maps.values()), len(watched.kept) + len(shared),
-            left_TH.square().sum().item() / before if before else 1.0,
+            left_TH.square().sum().item() / before if ridge is not None else 1.0,
         )  # fmt: skip
         if self.factor is None:
             _add(watched, maps)
@@ -242,49 +259,52 @@ class _Run:
         """
         kept = self.variant.kept[block.layer]
         for name in names:
-            role, new = self.stream.geometry.roles[name], self._recoded if name in self.coded else self._changed
+            role, coded = self.stream.geometry.roles[name], name in self.coded
             if isinstance(role, Sliced):
-                some = [
-                    new(name, _matrix(experts, e), maps.get(place), left_TH, (role, e)) for place, e in enumerate(kept)
-                ]
+                stored, some = None if coded else self.variant.stored(name), []
+                for place, e in enumerate(kept):
+                    weight, linear = _matrix(experts, e), maps.get(place)
+                    if stored is None:
+                        some.append(_recoded(name, self.variant.coded(name, e), weight, linear, left_TH))
+                    else:
+                        part = stored.narrow(role.axis, e * role.unit, role.unit)
+                        some.append(_changed(name, part, weight, linear))
                 yield name, _joined(some, role.axis)
-            elif isinstance(role, ExpertTensor):
+                continue
+            if isinstance(role, ExpertTensor):
                 place = kept.index(role.expert)
-                yield name, new(name, _matrix(experts, role.expert), maps.get(place), left_TH)
+                weight, linear = _matrix(experts, role.expert), maps.get(place)
             else:
                 where = self._place(block.layer, name)
-                weight: Any = layer.get_submodule(where).weight
-                yield name, new(name, weight, maps.get(where), left_TH)
+                shared: Any = layer.get_submodule(where)
+                weight, linear = shared.weight, maps.get(where)
+            if coded:
+                yield name, _recoded(name, self.variant.coded(name), weight, linear, left_TH)
+            else:
+                yield name, _changed(name, self.variant.stored(name), weight, linear)
 
-    def _changed(
-        self, name: str, weight_HI: torch.Tensor, linear: Linear | None, left_TH: torch.Tensor,
-        part: tuple[Sliced, int] | None = None,
-    ) -> torch.Tensor:  # fmt: skip
-        """A stored weight, or the part of it that is an expert's, plus the map's change."""
-        stored = self.variant.stored(name)
-        if part is not None:
-            role, expert = part
-            stored = stored.narrow(role.axis, expert * role.unit, role.unit)
-        if linear is None or linear.change is None:
-            return stored
-        change = linear.change.T if _turned(name, stored, weight_HI) else linear.change
-        wide = stored.squeeze().to(torch.promote_types(stored.dtype, torch.float32)) + change.to(stored.device)
-        return wide.to(stored.dtype).view(stored.shape)
 
-    def _recoded(
-        self, name: str, weight_HI: torch.Tensor, linear: Linear | None, left_TH: torch.Tensor,
-        part: tuple[Sliced, int] | None = None,
-    ) -> torch.Tensor:  # fmt: skip
-        """The same of a quantised weight: its codes."""
-        at = None if part is None else part[1]
-        codes, values = self.variant.recoded(name, None, at)
-        if linear is not None and linear.change is not None:
-            turned = _turned(name, values, weight_HI)
-            change = linear.change.T if turned else linear.change
-            codes, new = self.variant.recoded(name, change.reshape(values.shape), at)
-            made = (new - values).reshape(change.shape)
-            adopt(linear, made.T if turned else made, left_TH)
-        return codes.cpu()
+def _changed(name: str, stored: torch.Tensor, weight_HI: torch.Tensor, linear: Linear | None) -> torch.Tensor:
+    """A stored weight plus its map's change."""
+    if linear is None or linear.change is None:
+        return stored
+    change = linear.change.T if _turned(name, stored, weight_HI) else linear.change
+    wide = stored.squeeze().to(torch.promote_types(stored.dtype, torch.float32)) + change.to(stored.device)
+    return wide.to(stored.dtype).view(stored.shape)
+
+
+def _recoded(
+    name: str, coded: Coded, weight_HI: torch.Tensor, linear: Linear | None, left_TH: torch.Tensor
+) -> torch.Tensor:  # fmt: skip
+    """The codes of a quantised weight plus its map's change, which becomes what they make."""
+    if linear is None or linear.change is None:
+        return coded.codes.cpu()
+    values = coded.values
+    turned = _turned(name, values, weight_HI)
+    new = coded.nearest(values + (linear.change.T if turned else linear.change).reshape(values.shape))
+    made = (new.values - values).squeeze()
+    adopt(linear, made.T if turned else made, left_TH)
+    return new.codes.cpu()
 
 
 def _joined(parts: list[torch.Tensor], axis: int) -> torch.Tensor:

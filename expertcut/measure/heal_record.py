@@ -48,11 +48,12 @@ class HealRecord(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     of: str
-    """Hash of the plan that was healed and of both texts."""
+    """Hash of what was healed: the plan, both texts and the dtype."""
     command: str
     tokens: int
     """Of the text that was fitted."""
     judged_tokens: int
+    """That were predicted, of the text that was not."""
     kept: str
     """The name of what was kept, of those in `tried`: of the plan as it came if nothing helps."""
     domains: dict[str, Estimate]
@@ -60,7 +61,7 @@ class HealRecord(BaseModel):
     distilled: bool
     layers: list[LayerHealed]
     tried: list[Tried]
-    """The plan as it came first."""
+    """What has a finite loss, the plan as it came first."""
 
     @classmethod
     def of_plan(cls, plan: Plan) -> HealRecord | None:
@@ -69,6 +70,21 @@ class HealRecord(BaseModel):
             return cls.model_validate(plan.provenance.get(KEY))
         except ValidationError:
             return None
+
+    @property
+    def refitted(self) -> str:
+        """Which layers have new values, in words; empty if none."""
+        layers, whole = self.best.layers, len(self.layers)
+        part = f"all {whole} MoE layers" if layers == whole else f"the first {layers} of {whole} MoE layers"
+        return f"down projections in {part}" if layers else ""
+
+    @property
+    def rows(self) -> list[tuple[str, str, str, str]]:
+        """What was tried: name, change of the loss, that beside the plan as it came, and which was kept."""
+        return [
+            (one.name, one.change.shown, one.beside.shown if at else "", "kept" if one.name == self.kept else "")
+            for at, one in enumerate(self.tried)
+        ]
 
     @property
     def best(self) -> Tried:

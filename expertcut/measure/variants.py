@@ -19,7 +19,7 @@ from torch import nn
 
 from expertcut.calibrate import hf
 from expertcut.calibrate.executor import LayerStream, find_experts, find_layers, idle_experts
-from expertcut.calibrate.quantised import DequantisingReader
+from expertcut.calibrate.quantised import Coded, DequantisingReader
 from expertcut.calibrate.reader import DTYPES, times
 from expertcut.checkpoint import TensorInfo, read_array
 from expertcut.choose.plan import Plan, kept_by_block, numbers
@@ -152,14 +152,12 @@ class Variant:
         with self._changing():
             return self._stream.reader.view(name)
 
-    def recoded(
-        self, name: str, change: torch.Tensor | None, at: int | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-        """Return what is stored of a quantised tensor after a further change, and its values: see the reader."""
+    def coded(self, name: str, at: int | None = None) -> Coded:
+        """Return a quantised tensor as the plan leaves it: see the reader."""
         reader = self._stream.reader
         assert isinstance(reader, DequantisingReader)
         with self._changing():
-            return reader.recoded(name, change, at)
+            return reader.coded(name, at)
 
     def numbers(self, index: int, base: nn.Module) -> torch.Tensor:
         """Return the base's numbers of this variant's experts, and of what comes behind them: (E' + tail,) int64."""

@@ -22,7 +22,7 @@ from expertcut.rewrite.record import Record
 from expertcut.runtimes.lint import LintFinding, lint, lint_subject
 from expertcut.share.metadata import head, metadata, source_metadata
 from expertcut.share.numbers import Numbers, after, before
-from expertcut.share.results import Table
+from expertcut.share.results import Table, cell
 
 if TYPE_CHECKING:
     from expertcut.calibrate.profile import Profile
@@ -58,7 +58,8 @@ class Card:
             loader=jinja2.PackageLoader("expertcut.share", "."), undefined=jinja2.StrictUndefined, trim_blocks=True,
             lstrip_blocks=True, keep_trailing_newline=True, autoescape=False,
         )  # fmt: skip
-        healing = HealRecord.of_plan(record.plan) if record.plan.deltas else None
+        healing = HealRecord.of_plan(record.plan)
+        healing = healing if healing and healing.helped else None
         findings = lint(lint_subject(geometry, checkpoint.config))
         fields = self._fields(checkpoint, record)
         return environment.get_template(TEMPLATE).render(
@@ -68,10 +69,10 @@ class Card:
             layers=_layers(record, geometry), chosen=_chosen(record.plan), uneven=geometry.uneven, findings=findings,
             profile=_profile(self.profile) if self.profile else None, results=self.results,
             fits={f.runtime for f in findings} - {f.runtime for f in findings if f.status in ("wrong", "refuses")},
-            notes=_notes(findings), commands=_commands(record.plan),
+            notes=_notes(findings), commands=_commands(record.plan, healing),
             gained=any(entry.gain is not None for entry in record.plan.layers.values()), cut=_cuts(record),
             changed=len(record.plan.deltas.tensors) if record.plan.deltas else 0, healing=healing,
-            healed=_healed(healing) if healing else "",
+            healed=_healed(healing) if healing else "", cell=cell,
             remote=" --trust-remote-code" if checkpoint.config.get("auto_map") else "",
         )  # fmt: skip
 
@@ -174,18 +175,18 @@ def _criterion(name: Any, paper: Any) -> str:
 
 
 def _healed(healing: HealRecord) -> str:
-    layers, whole = healing.best.layers, len(healing.layers)
-    part = f"all {whole} MoE layers" if layers == whole else f"the first {layers} of {whole} MoE layers"
-    steps = [f"down projections in {part} were refitted in closed form, so that each layer's output meets the base "
-             "model's"] if layers else []  # fmt: skip
-    steps += ["routers were trained towards the base model's predictions"] * healing.distilled
+    steps = []
+    if healing.refitted:
+        steps.append(f"{healing.refitted} were refitted in closed form, so that layers' outputs meet the base model's")
+    if healing.distilled:
+        steps.append("routers were trained towards the base model's predictions")
+    steps = steps or ["new values of weights were tried, and a gain did better"]
     return f"After that, {', and '.join(steps)}."
 
 
-def _commands(plan: Plan) -> list[str]:
+def _commands(plan: Plan, healing: HealRecord | None) -> list[str]:
     """What made the plan, and healed it."""
-    healing = HealRecord.of_plan(plan)
-    told = [plan.provenance.get("command"), *([healing.command] if healing and plan.deltas else [])]
+    told = [plan.provenance.get("command"), *([healing.command] if healing else [])]
     return list(dict.fromkeys(command for command in told if isinstance(command, str)))
 
 

@@ -13,14 +13,9 @@ APART = 7
 
 def healing_facts(record: HealRecord) -> list[tuple[str, str]]:
     """Return what came of healing, in words."""
-    best = record.best
-    layers = f"the first {best.layers} of {len(record.layers)} MoE layers"
     return [
-        ("came of it", record.told),
-        ("refitted", "nothing" if not best.layers else
-         f"down projections in {layers if best.layers < len(record.layers) else f'all {best.layers} MoE layers'}"),
-        ("routers", "distilled" if record.distilled else "the source's"),
-        ("fitted on", f"{record.tokens:,} tokens"),
+        ("came of it", record.told), ("refitted", record.refitted or "nothing"),
+        ("routers", "distilled" if record.distilled else "the source's"), ("fitted on", f"{record.tokens:,} tokens"),
         *((f"beside the plan as it came, {name}", f"{change.shown} nats per token")
           for name, change in record.domains.items()),
     ]  # fmt: skip
@@ -32,19 +27,14 @@ def healing_figures(record: HealRecord) -> list[Figure]:
     line = Series("new values", [_mark(record, refitted[layers]) for layers in sorted(refitted)])
     others = [one for one in record.tried if one not in refitted.values()]
     series = [line, *(Series(one.name, [_mark(record, one)], line=False) for one in others)]
-    columns = ("tried", "layers with new values", LOSS.label, "beside the plan as it came", "")
-    rows = [
-        (one.name, str(one.layers), one.change.shown, "" if one is record.tried[0] else one.beside.shown,
-         "kept" if one.name == record.kept else "")
-        for one in record.tried
-    ]  # fmt: skip
+    columns = ("tried", LOSS.label, "beside the plan as it came", "")
     whiskers = "; whiskers are 95 % intervals over sequences" if record.best.change.low is not None else ""
     caption = (
         f"Change of the loss, by how many of the first layers have new values, on {record.judged_tokens:,} tokens that "
         f"were not fitted{whiskers}: lower is better, 0 is the unchanged model. Kept: {record.kept}."
     )
     tried = line_figure("healed", "What healing wins back", caption, Axis("layers with new values", whole=True), LOSS,
-                        series, table=(columns, rows), apart=APART)  # fmt: skip
+                        series, table=(columns, record.rows), apart=APART)  # fmt: skip
     return [tried, _residual(record)]
 
 

@@ -174,8 +174,8 @@ def _checkpoint(checkpoint: Checkpoint, record: Record) -> Section:
 
 def _again(record: Record, name: str) -> list[str]:
     """The commands that make and check a checkpoint again, where its plan was a file."""
-    healing = HealRecord.of_plan(record.plan) if record.plan.deltas else None
-    command = healing.command if healing else record.plan.provenance.get("command")
+    healing = HealRecord.of_plan(record.plan)
+    command = healing.command if healing and healing.helped else record.plan.provenance.get("command")
     words = shlex.split(command) if isinstance(command, str) else []
     if words[:2] not in (["expertcut", "plan"], ["expertcut", "heal"]):
         return []

@@ -65,7 +65,7 @@ def _text(document: Mapping[str, Any]) -> Table:
                 _signed(found["change"]), _number(found["kl"], ".4f"), _number(found["agreement"], ".1%")
             )  # fmt: skip
             name = _plain(document["model"] if base else result["name"])
-            rows.append((name, _cell(domain), f"{found['tokens']:,}", _form(found["nll"], ".4f"), *beside))
+            rows.append((name, cell(domain), f"{found['tokens']:,}", _form(found["nll"], ".4f"), *beside))
     note = (
         f"Next-token prediction on {document['tokens']:,} tokens of held-out text, sequences of {document['seq_len']}. "
         "Loss in nats per token; change of the loss, KL(base‖plan) and top-1 agreement with their 95 % intervals over "
@@ -83,10 +83,10 @@ def _tasks(tasks: Mapping[str, Any]) -> list[Table]:
             documents = f"{len(run['documents'][metric['task']]):,}"
             value = _form(metric["value"], ".4f")
             row = (_plain(run["model"]), metric["task"], metric["metric"], documents, value)
-            rows.append((*map(_cell, row), _signed(change) if change else ""))
+            rows.append((*map(cell, row), _signed(change) if change else ""))
     engines = sorted({run["engine"] for run in tasks["runs"]})
     limit = f", the first {tasks['limit']} documents of each" if tasks["limit"] else ""
-    note = f"lm-eval, run with {', '.join(map(_cell, engines))}{limit}. Change with its 95 % interval over documents."
+    note = f"lm-eval, run with {', '.join(map(cell, engines))}{limit}. Change with its 95 % interval over documents."
     return [Table("Tasks", note, ("model", "task", "metric", "documents", "value", "change"), tuple(rows))]
 
 
@@ -110,7 +110,7 @@ def _plain(name: str) -> str:
     """A Hub name as it is, of a path its last part."""
     path = PurePath(name)
     hub = len(path.parts) == 2 and not path.suffix and not Path(name).exists()
-    return _cell(name if hub else path.name if path.name != SINGLE else path.parent.name)
+    return cell(name if hub else path.name if path.name != SINGLE else path.parent.name)
 
 
 def _number(found: Mapping[str, Any], form: str) -> str:
@@ -128,5 +128,6 @@ def _form(value: float | None, form: str) -> str:
     return "not finite" if value is None else format(value, form)
 
 
-def _cell(text: str) -> str:
+def cell(text: str) -> str:
+    """Return a text for a cell of a Markdown table."""
     return text.replace("|", "\\|").replace("\n", " ")

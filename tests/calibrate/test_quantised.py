@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from quantised_models import every_format, quantised_pair
+from quantised_models import EIGHT_BITS, FORMATS, every_format, quantised_pair
 from reference import load, logits, profile
 from tiny_models import counted_reads, read_tensors, tokens, write_shards, write_tiny
 
 from expertcut.calibrate import quantised
 from expertcut.calibrate.executor import LayerStream
-from expertcut.calibrate.quantised import DequantisingReader, open_reader
+from expertcut.calibrate.quantised import DequantisingReader, open_reader, recodable
 from expertcut.calibrate.reader import TensorReader
 from expertcut.checkpoint import open_checkpoint
 from expertcut.errors import CheckpointError
@@ -206,3 +206,31 @@ def test_plain_checkpoints_are_read_as_ever(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
     found = reader(folder)
     assert set(found.names) == set(open_checkpoint(folder).tensors)
+
+
+@pytest.mark.parametrize("name", EIGHT_BITS)
+def test_no_code_is_nearer_than_the_one_that_is_taken(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """All 256 are tried, on values that lie between those of codes, on them, and beyond the outermost."""
+    checkpoint = open_checkpoint(quantised_pair(name, tmp_path_factory)[0])
+    opened = open_reader(checkpoint, torch.float32, CPU)
+    assert isinstance(opened, DequantisingReader)
+    target = next(name for name in sorted(recodable(checkpoint)) if "experts" in name and "down_proj" in name)
+    stored = opened.coded(target)
+    torch.manual_seed(0)
+    wanted = stored.values + torch.randn_like(stored.values) * stored.values.std()
+    wanted.view(-1)[:3] = torch.tensor([1e4, -1e4, float(stored.values.flatten()[2])])
+    found = stored.nearest(wanted)
+    assert found.codes.dtype == stored.codes.dtype and float(found.values.flatten()[2]) == float(wanted.flatten()[2])
+    every = torch.arange(256, dtype=torch.uint8).view(stored.codes.dtype)
+    parts = dict(stored.parts)
+    values = torch.stack([
+        stored.formula({**parts, "weight": code.expand(stored.codes.shape).contiguous()}) for code in every
+    ])  # fmt: skip
+    away = (values - wanted).abs().nan_to_num(torch.inf)
+    assert torch.allclose((found.values - wanted).abs(), away.amin(0), atol=1e-6, rtol=1e-4)
+
+
+def test_formats_without_room_are_not_recodable(tmp_path_factory: pytest.TempPathFactory) -> None:
+    for name in FORMATS:
+        found = recodable(open_checkpoint(quantised_pair(name, tmp_path_factory)[0]))
+        assert bool(found) == (name in EIGHT_BITS), name

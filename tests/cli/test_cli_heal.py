@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,6 +101,23 @@ def test_prune_uses_what_an_interrupted_run_healed(
         patch.setattr("expertcut.measure.heal.fit_deltas", interrupted)
         ran = cli(*args)
         assert ran.code == 0 and "healed before, by a run that did not end" in ran.err and told in ran.out
+    assert files(tmp_path) == {"out"}
+
+
+def test_values_of_another_run_are_not_used(
+    cli: Cli, demo_model: Path, planned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that was killed while it judged leaves its values beside the plan of the run before."""
+    args, deltas = ("prune", demo_model, tmp_path / "out", "--plan", planned, "--heal", *TEXT), set[bytes]()
+    with monkeypatch.context() as patch:
+        patch.setattr("expertcut.cli.prune._prune", interrupted)
+        for more in (("--tokens", 3000), ()):
+            assert cli(*args, *more).code == 130
+            deltas.add((tmp_path / "out.healed.deltas.safetensors").read_bytes())
+    other, _ = sorted(deltas, key=lambda found: found == (tmp_path / "out.healed.deltas.safetensors").read_bytes())
+    (tmp_path / "out.healed.deltas.safetensors").write_bytes(other)
+    ran = cli(*args)
+    assert ran.code == 0 and "healed before" not in ran.err
     assert files(tmp_path) == {"out"}
 
 
@@ -205,6 +223,40 @@ def test_the_card_tells_healed_tensors_from_the_base_s(cli: Cli, written: Path) 
     repeat = card.partition("## Repeat it")[2]
     assert "expertcut verify OUT" in repeat and "expertcut prune" not in repeat, "plan.json has no new values beside it"
     assert "expertcut plan _demo_model" in repeat and record.command in repeat
+
+
+def test_a_gain_that_did_better_than_new_values(
+    cli: Cli, demo_model: Path, planned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There are no new values then, but what made the plan is `heal` all the same."""
+    monkeypatch.setattr("expertcut.measure.heal._best", lambda found: "one gain")
+    plan, out = tmp_path / "gained.json", tmp_path / "out"
+    assert cli("heal", demo_model, "--plan", planned, *TEXT, "-o", plan).code == 0
+    record = record_of(plan)
+    assert (record.kept, record.refitted, Plan.load(plan).deltas) == ("one gain", "", None)
+    assert cli("prune", demo_model, out, "--plan", plan).code == 0
+    card = cli("push", out, "org/half", "--dry-run", "--json").document["card"]
+    assert "a gain did better" in card and "| one gain (this model) |" in card and record.command in card
+    assert "expertcut prune" in card.partition("## Repeat it")[2] and "tensors that were healed" not in card
+    assert cli("report", out, "-o", tmp_path / "page.html").code == 0
+    assert "expertcut prune _demo_model out --plan gained.json" in (tmp_path / "page.html").read_text()
+
+
+def test_the_card_says_what_was_trained_and_how_far(cli: Cli, written: Path, tmp_path: Path) -> None:
+    """Of a record that says so: distilled routers behind the first three layers' new values."""
+    shutil.copytree(written, tmp_path / "out")
+    path = tmp_path / "out" / "expertcut.json"
+    document = json.loads(path.read_text())
+    healing = document["plan"]["provenance"]["healing"]
+    healing["distilled"], healing["kept"] = True, next(one["name"] for one in healing["tried"] if one["layers"] == 3)
+    healing["domains"]["a|b\nc"] = {"value": 0.1, "low": None, "high": None}
+    path.write_text(json.dumps(document))
+    card = cli("push", tmp_path / "out", "org/half", "--dry-run", "--json").document["card"]
+    assert "Its routers were trained for a few steps" in card and "Nothing was trained" not in card
+    assert (
+        "down projections in the first 3 of 4 MoE layers were refitted" in card and "and routers were trained" in card
+    )
+    assert "| a\\|b c | +0.1000 |" in card
 
 
 def test_the_report_draws_it(cli: Cli, written: Path, healed: Path, tmp_path: Path) -> None:

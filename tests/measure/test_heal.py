@@ -291,6 +291,18 @@ def test_padding_counts_for_nothing(
     assert_alike(*(fitted(name, tmp_path_factory, tmp_path / FILE, monkeypatch, size)[0] for size in (10_000, 1)))
 
 
+@pytest.mark.parametrize("name", EIGHT_BITS)
+def test_eight_bits_are_healed_in_bfloat16(name: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    checkpoint = open_checkpoint(quantised_pair(name, tmp_path_factory)[0])
+    geometry = read_geometry(checkpoint)
+    plan = make_plan(checkpoint, geometry, strategy="random", keep=0.5, top_k=1)
+    options = ProfileOptions(device="cpu", dtype="bfloat16")
+    deltas, layers = fit_deltas(
+        checkpoint, geometry, plan, DATA, tmp_path / FILE, options, notify=silent, advance=silent
+    )  # fmt: skip
+    assert deltas.tensors and len(layers) == len(geometry.trunk)
+
+
 @pytest.mark.parametrize("name", [*TYPES, "longcat_flash"])
 def test_a_pass_in_bfloat16_finds_about_the_same(
     name: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
