@@ -150,7 +150,8 @@ def test_plan_records_the_command_without_places(
     [
         ("Qwen/Qwen3-30B-A3B", "Qwen/Qwen3-30B-A3B"), ("/home/me/models/m", "m"), ("/home/me/models/m/", "m"),
         ("../../me/m", "m"), ("~/m", "m"), ("runs/m", "runs/m"), ("--out=/home/me/p.json", "--out=p.json"),
-        ("-o/home/me/p.json", "-op.json"), ("builtin,/home/me/a.txt", "builtin,a.txt"), ("--revision=refs/pr/3", "--revision=refs/pr/3"), ("1:0,5", "1:0,5"),
+        ("-o/home/me/p.json", "-op.json"), ("builtin,/home/me/a.txt", "builtin,a.txt"),
+        ("--revision=refs/pr/3", "--revision=refs/pr/3"), ("1:0,5", "1:0,5"),
         ("/", "/"), ("--keep=50%", "--keep=50%"),
     ],
 )  # fmt: skip
