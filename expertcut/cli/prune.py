@@ -98,7 +98,7 @@ def prune(
     _check_heal(heal, calibration, link)
     checkpoint = open_checkpoint(model, revision, download=bool(limits) or heal)  # both run the model
     geometry = read_geometry(checkpoint)
-    made = _plan(out, checkpoint, geometry, plan, choice, gated=bool(limits))
+    made = _plan(out, checkpoint, geometry, plan, choice, gated=bool(limits), healed=heal)
     judged: list[Judgement] = []
     healed: Outcome | None = None
     target = prepare(checkpoint, geometry, made, out_dir, shard_size, link).target if limits or heal else out_dir
@@ -139,8 +139,9 @@ def _check_heal(heal: bool, calibration: list[str] | None, link: bool) -> None:
 
 
 def _plan(
-    out: Output, checkpoint: Checkpoint, geometry: Geometry, path: Path | None, choice: Choice, gated: bool
-) -> Plan:
+    out: Output, checkpoint: Checkpoint, geometry: Geometry, path: Path | None, choice: Choice, *, gated: bool,
+    healed: bool,
+) -> Plan:  # fmt: skip
     from expertcut.choose.plan import Plan
     from expertcut.cli.planning import AUTO, build_plan, outcome
 
@@ -155,7 +156,8 @@ def _plan(
         for hint in outcome(checkpoint, geometry, made).hints:
             out.note(hint)
         return made
-    if (replace(choice, profile=None, seed=0) if gated else choice) != NO_CHOICE:  # a gate has uses for these two
+    profile, seed = None if gated else choice.profile, 0 if gated or healed else choice.seed  # for text, too
+    if replace(choice, profile=profile, seed=seed) != NO_CHOICE:
         raise UsageError("found --plan and options that make another plan", "give either")
     return Plan.load(path)
 
