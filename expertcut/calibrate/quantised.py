@@ -169,7 +169,7 @@ class DequantisingReader(TensorReader):
             CheckpointError: 8-bit floats without scales, or scales that do not fit.
         """
         if name in self._groups:
-            return self._values(name, self._parts(name)).to(self._dtype)
+            return self._values(name, self._placed(self._stored(name))).to(self._dtype)
         info = self.checkpoint.tensors[name]
         if info.dtype in _FLOATS:
             raise CheckpointError(f"{info.shard}: {name}: found {info.dtype} values, but no scales for them")
@@ -186,26 +186,26 @@ class DequantisingReader(TensorReader):
             out.copy_(self.view(name))
             return
         step = max(1, CHUNK // (4 * prod(shape[1:])))
-        stored = {part: super(DequantisingReader, self).view(n) for part, n in self._groups[name].parts.items()}
+        stored = self._stored(name)
         for first in range(0, shape[0], step):
             rows = slice(first, first + step)
-            some = {part: t[rows] if t.dim() and len(t) == shape[0] else t for part, t in stored.items()}
-            out[rows].copy_(self._values(name, {part: t.to(self._device) for part, t in some.items()}))
+            out[rows].copy_(self._values(name, self._placed(stored, rows)))
 
     def coded(self, name: str, at: int | None = None) -> Coded:
         """Return a quantised tensor as stored, on the device; of a stack, `at` takes one matrix, with its axis."""
-        stored = {part: super(DequantisingReader, self).view(n) for part, n in self._groups[name].parts.items()}
-        count = len(stored["weight"])
-        parts = {
-            part: (t if at is None or not t.dim() or len(t) != count else t[at : at + 1]).to(self._device)
-            for part, t in stored.items()
-        }
-        return Coded(parts, partial(self._values, name))
+        rows = None if at is None else slice(at, at + 1)
+        return Coded(self._placed(self._stored(name), rows), partial(self._values, name))
 
-    def _parts(self, name: str) -> dict[str, torch.Tensor]:
-        parts = self._groups[name].parts
-        stored = {part: super(DequantisingReader, self).view(n) for part, n in parts.items()}
-        return {part: t if part == "shape" else t.to(self._device) for part, t in stored.items()}
+    def _stored(self, name: str) -> dict[str, torch.Tensor]:
+        return {part: super(DequantisingReader, self).view(n) for part, n in self._groups[name].parts.items()}
+
+    def _placed(self, stored: dq.Parts, rows: slice | None = None) -> dict[str, torch.Tensor]:
+        """Parts on the device; of a stack, some rows of those that are stacked."""
+        count = len(stored["weight"])
+        some = stored if rows is None else {
+            part: t[rows] if t.dim() and len(t) == count else t for part, t in stored.items()
+        }  # fmt: skip
+        return {part: t if part == "shape" else t.to(self._device) for part, t in some.items()}
 
     def _values(self, name: str, parts: dq.Parts) -> torch.Tensor:
         try:

@@ -143,11 +143,10 @@ def _outcome(out: Output, plan: Plan, record: HealRecord) -> Outcome:
 def _shown(record: HealRecord) -> list[RenderableType]:
     from expertcut.cli.tables import table
 
-    layers = []
-    for at, layer in enumerate(record.layers):
-        ridge = "none helps" if layer.ridge is None else f"{layer.ridge:g}"
-        kept = "yes" if at < record.best.layers and layer.changed else "no"
-        layers.append((layer.layer, ridge, f"{layer.changed} of {layer.maps}", f"{layer.left:.1%}", kept))
+    layers = [
+        (*layer.row, "yes" if at < record.best.layers and layer.changed else "no")
+        for at, layer in enumerate(record.layers)
+    ]
     domains = [
         (name, change.shown, "worse" if name in record.harmed else "") for name, change in record.domains.items()
     ]

@@ -154,7 +154,6 @@ def _search_top_k(
 
 
 def _refined(plan: Plan, gained: Gained | None, found: WhatIf, facts: dict[str, Any]) -> Refined:
-
     parts: list[RenderableType] = []
     members: dict[str, Any] = {}
     if gained is not None:

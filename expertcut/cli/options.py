@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
-from functools import cache, wraps
+from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -394,12 +394,6 @@ AS_IT_COMES, POOLED, NO_CHOICE = Forward(), Recorded(), Choice()
 NO_GATE, UNMEASURED, UNSERVED, LOADS = Heldout(), Measured(), Service(), Services()
 
 
-@cache
-def _hints(kind: type) -> dict[str, Any]:
-    """Annotations of a dataclass that several commands share: to evaluate them takes most of the time of `--help`."""
-    return get_type_hints(kind, include_extras=True)
-
-
 def flat(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command, in place of each parameter that is one of the dataclasses above, an option per field of it."""
     parameters: list[inspect.Parameter] = []
@@ -408,7 +402,7 @@ def flat(command: Callable[..., None]) -> Callable[..., None]:
         kind = parameter.annotation
         if isinstance(kind, type) and is_dataclass(kind):
             groups[parameter.name] = kind
-            hints = _hints(kind)
+            hints = get_type_hints(kind, include_extras=True)
             parameters += [parameter.replace(name=f.name, annotation=hints[f.name], default=f.default)
                            for f in fields(kind)]  # fmt: skip
         else:

@@ -130,10 +130,10 @@ def _plan_rows(path: Path, plan: Plan) -> list[tuple[str, object]]:
     healing, facts = HealRecord.of_plan(plan), dict(plan.provenance)
     if healing is not None:
         facts |= {KEY: healing.told, "healed_by": healing.command}
-    sketches = [name for name in facts if name.endswith("_text")]  # what measurements compare their text with
     return rows + [
-        (name, _plain(value)) for name, value in facts.items() if value not in (None, {}, "") and name not in sketches
-    ]
+        (name, _plain(value)) for name, value in facts.items()
+        if value not in (None, {}, "") and not name.endswith("_text")  # sketches, for measurements to compare with
+    ]  # fmt: skip
 
 
 def _plain(value: Any) -> str:

@@ -22,7 +22,7 @@ from expertcut.choose.plan import Deltas, Plan, deltas_of
 from expertcut.errors import PlanError
 from expertcut.measure.distil import distil_routers
 from expertcut.measure.gain import fit_gains, gain_kinds
-from expertcut.measure.heal_fit import check_healable, fit_deltas
+from expertcut.measure.heal_fit import fit_deltas
 from expertcut.measure.heal_record import LayerHealed
 from expertcut.measure.quality import BASE, WhatIf
 from expertcut.measure.whatif import evaluate
@@ -75,7 +75,6 @@ def heal_plan(
             not finite.
         DestinationError: the file cannot be written.
     """
-    check_healable(checkpoint, geometry, plan)
     deltas, layers = fit_deltas(checkpoint, geometry, plan, fit_on, path, options, notify=notify, advance=advance)
     try:
         healed = dict(_prefixes(geometry, plan.beside(path.absolute().parent, deltas)))

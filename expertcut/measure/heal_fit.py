@@ -48,7 +48,7 @@ ROUNDS = 2
 """How often each map of a layer is improved."""
 SHARED = re.compile(r"shared_(?:experts?|mlp)\.")
 """Shared experts, in the name of a tensor below its block."""
-_PLAIN = ("weight", "", "bias")
+_PLAIN = {"weight", "", "bias"}
 """What there is of a projection that is not quantised, as its tensors' names end."""
 HELD = 4
 """Every so manieth sequence is held back while a layer's ridge is chosen."""
@@ -96,14 +96,14 @@ def check_healable(checkpoint: Checkpoint, geometry: Geometry, plan: Plan) -> No
     Raises:
         PlanError: it is of another model, has new values already, or the format cannot be given any.
     """
-    if plan.deltas:
-        raise PlanError("the plan is healed already", "heal the plan that it was made from")
-    check_fingerprint(plan.source.fingerprint, checkpoint, geometry)
     _names(checkpoint, geometry, plan)
 
 
 def _names(checkpoint: Checkpoint, geometry: Geometry, plan: Plan) -> tuple[dict[int, list[str]], set[str]]:
-    """The tensors of every layer that get new values, and quantised ones that may."""
+    """The tensors of every layer that get new values, and quantised ones that may. Raises: PlanError."""
+    if plan.deltas:
+        raise PlanError("the plan is healed already", "heal the plan that it was made from")
+    check_fingerprint(plan.source.fingerprint, checkpoint, geometry)
     validate(plan, geometry)
     coded = recodable(checkpoint)
     return {block.layer: list(_healable(checkpoint, geometry, plan, block, coded)) for block in geometry.trunk}, coded
@@ -122,7 +122,7 @@ def _healable(
         if key != block.prefix:
             continue
         weight = parts.get("weight", parts.get(""))
-        plain = weight is not None and checkpoint.tensors[weight].dtype in ROUNDING and not set(parts) - {*_PLAIN}
+        plain = weight is not None and checkpoint.tensors[weight].dtype in ROUNDING and parts.keys() <= _PLAIN
         if weight is None or not (plain or (weight in coded and _one_by_one(geometry.roles[weight]))):
             name = weight or next(iter(parts.values()))
             info = checkpoint.tensors[name]
@@ -162,7 +162,7 @@ class _Run:
         for track in range(len(self.passage.hidden)):
             self.passage.step(index, base, track)
 
-    def heal(self, block: MoeBlock, base: nn.Module, names: list[str]) -> tuple[LayerHealed, Iterator[Any]]:
+    def heal(self, block: MoeBlock, base: nn.Module, names: list[str]) -> tuple[LayerHealed, list[Any]]:
         """Take both through an MoE layer, the plan through the healed one; also the new values by name, in order."""
         index, passage = block.layer, self.passage
         if self.track is None:
@@ -204,7 +204,7 @@ class _Run:
             passage.step(index, layer, self.track)
         else:
             self._bring_back(left_TH)
-        return healed, iter(values)
+        return healed, values
 
     def _place(self, index: int, name: str) -> str:
         """The module, in its layer, whose weight a stored tensor is."""
@@ -269,7 +269,7 @@ class _Run:
                     else:
                         part = stored.narrow(role.axis, e * role.unit, role.unit)
                         some.append(_changed(name, part, weight, linear))
-                yield name, _joined(some, role.axis)
+                yield name, torch.cat(some, dim=role.axis)
                 continue
             if isinstance(role, ExpertTensor):
                 place = kept.index(role.expert)
@@ -305,12 +305,6 @@ def _recoded(
     made = (new.values - values).squeeze()
     adopt(linear, made.T if turned else made, left_TH)
     return new.codes.cpu()
-
-
-def _joined(parts: list[torch.Tensor], axis: int) -> torch.Tensor:
-    """Concatenate, also what torch has no arithmetic for."""
-    bits = [part.view(torch.uint8) if part.dtype.itemsize == 1 else part for part in parts]
-    return torch.cat(bits, dim=axis).view(parts[0].dtype)
 
 
 def _matrix(experts: Any, expert: int) -> torch.Tensor:

@@ -28,6 +28,12 @@ class LayerHealed:
     left: float
     """Share of the squared residual that is left, on the text that was fitted."""
 
+    @property
+    def row(self) -> tuple[str, str, str, str]:
+        """In words: layer, ridge, projections refitted, residual left."""
+        ridge = "none helps" if self.ridge is None else f"{self.ridge:g}"
+        return (str(self.layer), ridge, f"{self.changed} of {self.maps}", f"{self.left:.1%}")
+
 
 @dataclass(frozen=True)
 class Tried:
@@ -70,6 +76,12 @@ class HealRecord(BaseModel):
             return cls.model_validate(plan.provenance.get(KEY))
         except ValidationError:
             return None
+
+    @classmethod
+    def of_healed(cls, plan: Plan) -> HealRecord | None:
+        """Return what a plan says if healing changed it."""
+        found = cls.of_plan(plan)
+        return found if found is not None and found.helped else None
 
     @property
     def refitted(self) -> str:

@@ -43,8 +43,7 @@ def adopt(linear: Linear, change_HI: torch.Tensor, left_TH: torch.Tensor) -> Non
     assert linear.change is not None
     step_IH = (change_HI - linear.change).T
     linear.change = change_HI
-    for rows, given in _chunks(linear):
-        left_TH.index_add_(0, rows, given @ step_IH, alpha=-1)
+    _take(linear, step_IH, left_TH)
 
 
 def refit(maps: Sequence[Linear], left_TH: torch.Tensor, ridge: float, rounds: int) -> None:
@@ -91,6 +90,11 @@ def _improve(linear: Linear, left_TH: torch.Tensor, factor: torch.Tensor, mu: fl
         cross.addcmul_(linear.change.T, cross.new_tensor(-mu))
     step_IH = torch.cholesky_solve(cross, factor)
     linear.change = step_IH.T if linear.change is None else linear.change + step_IH.T
+    _take(linear, step_IH, left_TH)
+
+
+def _take(linear: Linear, step_IH: torch.Tensor, left_TH: torch.Tensor) -> None:
+    """Take what a step of a map's weight adds from what is left."""
     for rows, given in _chunks(linear):
         left_TH.index_add_(0, rows, given @ step_IH, alpha=-1)  # a token that skips may be there twice
 

@@ -58,8 +58,7 @@ class Card:
             loader=jinja2.PackageLoader("expertcut.share", "."), undefined=jinja2.StrictUndefined, trim_blocks=True,
             lstrip_blocks=True, keep_trailing_newline=True, autoescape=False,
         )  # fmt: skip
-        healing = HealRecord.of_plan(record.plan)
-        healing = healing if healing and healing.helped else None
+        healing = HealRecord.of_healed(record.plan)
         findings = lint(lint_subject(geometry, checkpoint.config))
         fields = self._fields(checkpoint, record)
         return environment.get_template(TEMPLATE).render(

@@ -15,7 +15,7 @@ LOSS = Axis("change of the held-out loss, nats per token", "+.4f")
 GAIN = Axis("gain in throughput", "+.1%")
 TOP_K = Axis("experts activated per token (top-k)")
 APART = 7
-"""Pixels between the whiskers of two variants under one load."""
+"""Pixels between the whiskers of two variants at one place."""
 
 
 def sweep_figures(document: Mapping[str, Any]) -> list[Figure]:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from expertcut.measure.heal_record import HealRecord, Tried
-from expertcut.share.curves import LOSS
+from expertcut.share.curves import APART, LOSS
 from expertcut.share.figures import Figure, line_figure
 from expertcut.share.svg import Axis, Mark, Series
-
-APART = 7
-"""Pixels between the whiskers of two plans with as many healed layers."""
 
 
 def healing_facts(record: HealRecord) -> list[tuple[str, str]]:
@@ -49,15 +46,11 @@ def _residual(record: HealRecord) -> Figure:
         Mark(layer.layer, layer.left, note="unchanged" if layer.ridge is None else f"ridge {layer.ridge:g}")
         for layer in record.layers
     ]
-    rows = [
-        (str(layer.layer), "none helps" if layer.ridge is None else f"{layer.ridge:g}",
-         f"{layer.changed} of {layer.maps}", format(layer.left, left.form))
-        for layer in record.layers
-    ]  # fmt: skip
     caption = (
         "Of the squared difference between the unchanged model's output of a layer and the plan's, the share that is "
         "left with new values there, on the text that was fitted."
     )
     return line_figure("residual", "What is left of every layer's residual", caption, Axis("layer", whole=True), left,
                        [Series("residual left", marks)],
-                       table=(("layer", "ridge", "projections refitted", left.label), rows))  # fmt: skip
+                       table=(("layer", "ridge", "projections refitted", left.label),
+                              [layer.row for layer in record.layers]))  # fmt: skip

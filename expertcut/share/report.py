@@ -70,8 +70,8 @@ def build(inputs: Inputs, by: str | None) -> Page:
     if inputs.checkpoint is not None and inputs.record is not None:
         sections.append(_checkpoint(inputs.checkpoint, inputs.record))
     if inputs.plan is not None:
-        sections.append(_plan(inputs.plan, inputs.profile))
         healing = HealRecord.of_plan(inputs.plan)
+        sections.append(_plan(inputs.plan, inputs.profile, healing))
         if healing is not None:
             sections.append(Section("healing", "Healing", healing_facts(healing), healing_figures(healing),
                                     commands=[healing.command]))  # fmt: skip
@@ -174,8 +174,8 @@ def _checkpoint(checkpoint: Checkpoint, record: Record) -> Section:
 
 def _again(record: Record, name: str) -> list[str]:
     """The commands that make and check a checkpoint again, where its plan was a file."""
-    healing = HealRecord.of_plan(record.plan)
-    command = healing.command if healing and healing.helped else record.plan.provenance.get("command")
+    healing = HealRecord.of_healed(record.plan)
+    command = healing.command if healing else record.plan.provenance.get("command")
     words = shlex.split(command) if isinstance(command, str) else []
     if words[:2] not in (["expertcut", "plan"], ["expertcut", "heal"]):
         return []
@@ -184,13 +184,14 @@ def _again(record: Record, name: str) -> list[str]:
             shlex.join(("expertcut", "verify", name, "--source", record.source))]  # fmt: skip
 
 
-def _plan(plan: Plan, profile: Profile | None) -> Section:
+def _plan(plan: Plan, profile: Profile | None, healing: HealRecord | None) -> Section:
+    """How a plan was made; its `healing` has a section of its own."""
     kept = [len(entry.kept) for entry in plan.layers.values()]
     top_k = [entry.top_k for entry in plan.layers.values() if entry.top_k is not None]
     facts = [("model", plan.source.name), ("MoE layers", str(len(kept))), ("experts kept per layer", by_layer(kept)),
              ("top-k", by_layer(top_k) if top_k else "unchanged")]  # fmt: skip
     command = plan.provenance.get("command")
-    elsewhere = {"command", *([HEALING] if HealRecord.of_plan(plan) else [])}
+    elsewhere = {"command", *([HEALING] if healing else [])}
     facts += [(name.replace("_", " "), _plain(value)) for name, value in plan.provenance.items()
               if value not in (None, {}, "", []) and name not in elsewhere and not name.endswith("_text")]  # fmt: skip
     most = max(max(entry.kept) for entry in plan.layers.values()) + 1

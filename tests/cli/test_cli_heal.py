@@ -17,7 +17,7 @@ from expertcut.measure.heal_record import HealRecord
 from expertcut.rewrite.record import Record
 
 if TYPE_CHECKING:
-    from command_line import Cli
+    from command_line import Cli, Ran
 
 pytest_plugins = ("command_line",)
 TEXT = ("--calibration", "builtin", "--tokens", 4000, "--seq-len", 128)
@@ -52,6 +52,15 @@ def files(folder: Path) -> set[str]:
 
 def interrupted(*_: Any, **__: Any) -> Any:
     raise KeyboardInterrupt
+
+
+def cut_short(cli: Cli, monkeypatch: pytest.MonkeyPatch, *args: object) -> Ran:
+    """A `prune` that is interrupted when its plan is healed and it begins to write."""
+    with monkeypatch.context() as patch:
+        patch.setattr("expertcut.cli.prune._prune", interrupted)
+        ran = cli(*args)
+    assert ran.code == 130
+    return ran
 
 
 def test_a_healed_plan_says_what_was_done(planned: Path, healed: Path) -> None:
@@ -91,9 +100,7 @@ def test_prune_uses_what_an_interrupted_run_healed(
     cli: Cli, demo_model: Path, planned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     args = ("prune", demo_model, tmp_path / "out", "--plan", planned, "--heal", *TEXT)
-    with monkeypatch.context() as patch:
-        patch.setattr("expertcut.cli.prune._prune", interrupted)
-        assert cli(*args).code == 130
+    cut_short(cli, monkeypatch, *args)
     assert files(tmp_path) == {"out.healed.json", "out.healed.deltas.safetensors"}
     told = record_of(tmp_path / "out.healed.json").told
 
@@ -108,14 +115,13 @@ def test_values_of_another_run_are_not_used(
     cli: Cli, demo_model: Path, planned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run that was killed while it judged leaves its values beside the plan of the run before."""
-    args, deltas = ("prune", demo_model, tmp_path / "out", "--plan", planned, "--heal", *TEXT), set[bytes]()
-    with monkeypatch.context() as patch:
-        patch.setattr("expertcut.cli.prune._prune", interrupted)
-        for more in (("--tokens", 3000), ()):
-            assert cli(*args, *more).code == 130
-            deltas.add((tmp_path / "out.healed.deltas.safetensors").read_bytes())
-    other, _ = sorted(deltas, key=lambda found: found == (tmp_path / "out.healed.deltas.safetensors").read_bytes())
-    (tmp_path / "out.healed.deltas.safetensors").write_bytes(other)
+    args = ("prune", demo_model, tmp_path / "out", "--plan", planned, "--heal", *TEXT)
+    deltas = tmp_path / "out.healed.deltas.safetensors"
+    cut_short(cli, monkeypatch, *args, "--tokens", 3000)
+    other = deltas.read_bytes()
+    cut_short(cli, monkeypatch, *args)
+    assert deltas.read_bytes() != other
+    deltas.write_bytes(other)
     ran = cli(*args)
     assert ran.code == 0 and "healed before" not in ran.err
     assert files(tmp_path) == {"out"}
@@ -125,13 +131,9 @@ def test_other_text_is_healed_anew(
     cli: Cli, demo_model: Path, planned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     args = ("prune", demo_model, tmp_path / "out", "--plan", planned, "--heal", *TEXT)
-    with monkeypatch.context() as patch:
-        patch.setattr("expertcut.cli.prune._prune", interrupted)
-        assert cli(*args).code == 130
+    cut_short(cli, monkeypatch, *args)
     before = (tmp_path / "out.healed.json").read_bytes()
-    with monkeypatch.context() as patch:
-        patch.setattr("expertcut.cli.prune._prune", interrupted)
-        ran = cli(*args, "--seed", 7)
+    ran = cut_short(cli, monkeypatch, *args, "--seed", 7)
     assert "healed before" not in ran.err and (tmp_path / "out.healed.json").read_bytes() != before
 
 
